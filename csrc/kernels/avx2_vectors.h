@@ -1,0 +1,120 @@
+// 16 lanes as two 256-bit vectors: the V of loops.h for AVX2 and AVX-VNNI.
+#pragma once
+
+namespace torch_int4 {
+namespace {
+
+inline __attribute__((always_inline)) __m256i load256(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+
+struct Avx2Vectors {
+  struct F {
+    __m256 lo, hi;
+  };
+  struct I {
+    __m256i lo, hi;
+  };
+#define TI4_V static inline __attribute__((always_inline))
+  TI4_V F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+  TI4_V F set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+  TI4_V F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  TI4_V void store(float* p, F x) {
+    _mm256_storeu_ps(p, x.lo);
+    _mm256_storeu_ps(p + 8, x.hi);
+  }
+  TI4_V F add(F a, F b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+  TI4_V F sub(F a, F b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+  TI4_V F mul(F a, F b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+  TI4_V F fmadd(F a, F b, F c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }
+  TI4_V F fnmadd(F a, F b, F c) { return {_mm256_fnmadd_ps(a.lo, b.lo, c.lo), _mm256_fnmadd_ps(a.hi, b.hi, c.hi)}; }
+
+  TI4_V I set_int(int x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+  TI4_V I load_int(const void* p) { return {load256(p), load256(static_cast<const char*>(p) + 32)}; }
+  TI4_V I add_int(I a, I b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
+  TI4_V I and_int(I a, I b) { return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)}; }
+  TI4_V I max_int(I a, I b) { return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)}; }
+  TI4_V I shift_right(I a, int n) { return {_mm256_srli_epi32(a.lo, n), _mm256_srli_epi32(a.hi, n)}; }
+  TI4_V F to_float(I a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+  TI4_V I round(F a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
+
+  TI4_V int reduce_max(I a) {
+    alignas(32) int v[8];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(v), _mm256_max_epi32(a.lo, a.hi));
+    int largest = v[0];
+    for (int i = 1; i < 8; ++i) largest = v[i] > largest ? v[i] : largest;
+    return largest;
+  }
+  TI4_V int reduce_add(I a) {
+    const __m256i x = _mm256_add_epi32(a.lo, a.hi);
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+  }
+  TI4_V void store_int8(int8_t* p, I a) {
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+  }
+
+  // 16 scales or offsets, fp16 or fp32; 16 zero points.
+  TI4_V F load_parameters(const void* p, bool f32, int64_t i) {
+    return load_as(static_cast<const char*>(p) + i * (f32 ? 4 : 2), f32 ? DType::kF32 : DType::kF16);
+  }
+  TI4_V F load_u8(const uint8_t* p) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return to_float({_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))});
+  }
+
+  TI4_V __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+  TI4_V __m256 widen_bfloat16(__m128i x) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+  }
+  TI4_V F load_as(const void* p, DType dtype) {
+    if (dtype == DType::kF32) return load(static_cast<const float*>(p));
+    const __m128i a = load128(p), b = load128(static_cast<const char*>(p) + 16);
+    if (dtype == DType::kF16) return {_mm256_cvtph_ps(a), _mm256_cvtph_ps(b)};
+    return {widen_bfloat16(a), widen_bfloat16(b)};
+  }
+
+  // The upper 16 bits after rounding to nearest even; NaN is made quiet instead of rounded.
+  TI4_V __m256i round_bits(__m256 x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16);
+  }
+  TI4_V F round_bfloat16(F x) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(round_bits(x.lo), 16)),
+            _mm256_castsi256_ps(_mm256_slli_epi32(round_bits(x.hi), 16))};
+  }
+  TI4_V void store_as(void* p, DType dtype, F x) {
+    if (dtype == DType::kF32) return store(static_cast<float*>(p), x);
+    __m256i halves;
+    if (dtype == DType::kF16) {
+      halves = _mm256_set_m128i(_mm256_cvtps_ph(x.hi, _MM_FROUND_TO_NEAREST_INT),
+                                _mm256_cvtps_ph(x.lo, _MM_FROUND_TO_NEAREST_INT));
+    } else {
+      halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(round_bits(x.lo), round_bits(x.hi)), 0xd8);
+    }
+    _mm256_storeu_si256(static_cast<__m256i*>(p), halves);
+  }
+
+  // The low nibbles of each line, and `apart` bytes behind them the high ones. Lines that end up side by side are
+  // spread (apart is a line: low and high alternate); otherwise two planes.
+  TI4_V void unpack_nibbles(const uint8_t* lines, uint8_t* target, int bytes, int apart) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    for (int i = 0; i < bytes; i += 32) {
+      const __m256i line = load256(lines + i);
+      uint8_t* low = target + (apart == kLineBytes ? i / kLineBytes * kLineBytes + i : i);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(low), _mm256_and_si256(line, mask));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(low + apart), _mm256_and_si256(_mm256_srli_epi16(line, 4), mask));
+    }
+  }
+#undef TI4_V
+};
+
+}  // namespace
+}  // namespace torch_int4

@@ -1,0 +1,238 @@
+// The loops that every vector kernel shares, written once over a type V of 16-lane vectors and inner products.
+// Include it inside the file's target region, after every other header; all of it has internal linkage.
+//
+// V supplies: F and I (16 floats, 16 int32) with load/store/arithmetic; dot32<Source, M>, the inner product of 32
+// inputs of a panel with M rows; unpack<WeightType> and unpacked_bytes<WeightType> (0: tiles read the packed lines);
+// kTileRows, kDirectRows, kFloatRows (rows of the register tiles).
+#pragma once
+
+namespace torch_int4 {
+namespace {
+
+#define TI4_INLINE inline __attribute__((always_inline))
+
+// Keeps gcc from reassociating a chain of integer additions, which spills the accumulators of a tile.
+#define TI4_KEEP(x) __asm__("" : "+x"(x))
+
+// Keeps gcc from loading for a second pass over the same rows while the first one still fills the registers.
+#define TI4_KEEP_MEMORY() __asm__ volatile("" ::: "memory")
+
+// The table of a kernel file whose vectors are V, and its registration; the latter stands outside the target region,
+// because it runs on every processor.
+#define TI4_KERNELS(name, rank, V) \
+  {name, rank, nullptr, loops_to_float<V>, loops_quantize<V>, loops_linear_int8<V>, loops_linear_float<V>, nullptr}
+#define TI4_REGISTER(condition)                                                                         \
+  namespace torch_int4 {                                                                                \
+  namespace {                                                                                           \
+  bool supported(const CpuFeatures& cpu) { return condition; }                                          \
+  [[maybe_unused]] const bool registered = (kernels.supported = supported, register_kernels(&kernels)); \
+  }                                                                                                     \
+  }
+
+// Where an inner product reads its weights: packed lines, or what unpack() made of them in L1.
+enum class Source { kInt4Lines, kInt8Lines, kUnpacked4, kUnpacked8 };
+
+constexpr Source packed_source(WeightType type) {
+  return type == WeightType::kInt4 ? Source::kInt4Lines : Source::kInt8Lines;
+}
+constexpr Source unpacked_source(WeightType type) {
+  return type == WeightType::kInt4 ? Source::kUnpacked4 : Source::kUnpacked8;
+}
+constexpr int slab_bytes(WeightType type) { return kSlab * kPanelRows / (type == WeightType::kInt4 ? 2 : 1); }
+
+constexpr int kRowBlock = 128;  // rows of x per pass over a panel: they fit L2, their sums (8 KiB) fit L1
+
+// Sums the `terms` rows of each output, adds the bias and writes the columns of one panel; `row` counts input rows.
+template <class V>
+TI4_INLINE void store_rows(const float* c, int rows, int64_t row, int64_t panel, int64_t out_features,
+                           const Output& out) {
+  const int64_t column = panel * kPanelRows;
+  const int columns = int(smaller(kPanelRows, out_features - column));
+  alignas(64) float bias[kPanelRows] = {};
+  if (out.bias) memcpy(bias, out.bias + column, size_t(columns) * sizeof(float));
+  for (int i = 0; i < rows; i += out.terms, c += out.terms * kPanelRows) {
+    auto y = V::load(c);
+    if (out.terms == 2) y = V::add(y, V::load(c + kPanelRows));
+    if (out.bias) y = V::add(y, V::load(bias));
+    const int64_t element = (row + i) / out.terms * out.stride + column;
+    if (columns == kPanelRows) {
+      V::store_as(static_cast<char*>(out.data) + element * element_bytes(out.dtype), out.dtype, y);
+      continue;
+    }
+    alignas(64) float tail[kPanelRows];
+    V::store(tail, y);
+    for (int n = 0; n < columns; ++n) store_element(out.data, out.dtype, element + n, tail[n]);
+  }
+}
+
+template <class V, WeightType T, Offset O>
+struct Int8Loops {
+  using F = typename V::F;
+  using I = typename V::I;
+
+  struct Group {
+    F scale, offset;
+  };
+
+  static TI4_INLINE Group load_group(const PackedWeight& w, int64_t panel, int64_t group) {
+    const int64_t i = (panel * w.groups + group) * kPanelRows;
+    Group g{};
+    g.scale = V::load_parameters(w.scales, w.scales_f32, i);
+    if constexpr (O == Offset::kInteger) g.offset = V::load_u8(static_cast<const uint8_t*>(w.offsets) + i);
+    if constexpr (O == Offset::kFloat) g.offset = V::load_parameters(w.offsets, w.scales_f32, i);
+    return g;
+  }
+
+  static TI4_INLINE I start(int32_t sum) {
+    return V::set_int(O == Offset::kSymmetric ? -(T == WeightType::kInt4 ? 8 : 128) * sum : 0);
+  }
+
+  static TI4_INLINE F finish(F acc, I dot, const Group& g, float scale, int32_t sum) {
+    F t = V::to_float(dot);
+    if constexpr (O == Offset::kInteger) t = V::fnmadd(g.offset, V::set(float(sum)), t);
+    acc = V::fmadd(t, V::mul(g.scale, V::set(scale)), acc);
+    if constexpr (O == Offset::kFloat) acc = V::fmadd(g.offset, V::set(scale * float(sum)), acc);
+    return acc;
+  }
+
+  // Few rows: P panels, `apart` panels from each other, straight from packed memory, each byte touched once.
+  template <int M, int P>
+  static TI4_INLINE void direct_panels(const PackedWeight& w, const QuantizedRows& a, int64_t row, int64_t panel,
+                                       int64_t apart, const Output& out) {
+    F acc[P][M];
+    const uint8_t* codes[P];
+    for (int p = 0; p < P; ++p) {
+      codes[p] = w.codes + (panel + p * apart) * w.panel_bytes();
+      for (int m = 0; m < M; ++m) acc[p][m] = V::zero();
+    }
+    const int8_t* x = a.codes + row * kSlab;
+    const int64_t per_group = w.blocks_per_group();
+    int64_t group = 0, in_group = 0;
+    for (int64_t b = 0; b < w.blocks; ++b) {
+      const int64_t inputs = smaller(w.block, w.padded_inputs - b * w.block);
+      const float* scale = a.scales + b * a.rows + row;
+      const int32_t* sum = a.sums + b * a.rows + row;
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) {
+        I dot[M];
+        for (int m = 0; m < M; ++m) dot[m] = start(sum[m]);
+        const int8_t* xs = x;
+        for (int64_t k = 0; k < inputs; k += kSlab, xs += a.rows * kSlab) {
+          V::template dot32<packed_source(T), M>(dot, codes[p], xs);
+          codes[p] += slab_bytes(T);
+        }
+        const Group g = load_group(w, panel + p * apart, group);
+        for (int m = 0; m < M; ++m) acc[p][m] = finish(acc[p][m], dot[m], g, scale[m], sum[m]);
+      }
+      x += inputs * a.rows;
+      if (++in_group == per_group) in_group = 0, ++group;
+    }
+    alignas(64) float c[M * kPanelRows];
+    for (int p = 0; p < P; ++p) {
+      for (int m = 0; m < M; ++m) V::store(c + m * kPanelRows, acc[p][m]);
+      store_rows<V>(c, M, row, panel + p * apart, w.out_features, out);
+    }
+  }
+
+  // Splits a range of panels into P segments and reads one panel of each at a time: P streams for the prefetchers.
+  template <int M, int P>
+  static void direct(const PackedWeight& w, const QuantizedRows& a, int64_t row, int64_t first, int64_t last,
+                     const Output& out) {
+    const int64_t segment = (last - first) / P;
+    for (int64_t i = 0; i < segment; ++i) direct_panels<M, P>(w, a, row, first + i, segment, out);
+    for (int64_t i = first + P * segment; i < last; ++i) direct_panels<M, 1>(w, a, row, i, 0, out);
+  }
+
+  template <int M>
+  static void direct_rows(const PackedWeight& w, const QuantizedRows& a, int64_t first, int64_t last, int streams,
+                          const Output& out) {
+    if constexpr (M > 1) {
+      if (a.rows < M) return direct_rows<M - 1>(w, a, first, last, streams, out);
+    }
+    if (streams >= 4) return direct<M, 4>(w, a, 0, first, last, out);
+    if (streams >= 2) return direct<M, 2>(w, a, 0, first, last, out);
+    direct<M, 1>(w, a, 0, first, last, out);
+  }
+
+  // One register tile: M rows x one panel over one block of unpacked weights; the sums in c are [rows][16] floats.
+  template <int M>
+  static TI4_INLINE void tile(const uint8_t* weights, int64_t inputs, const int8_t* x, int64_t x_step,
+                              const float* scale, const int32_t* sum, const Group& g, float* c) {
+    I dot[M];
+    for (int m = 0; m < M; ++m) dot[m] = start(sum[m]);
+    for (int64_t k = 0; k < inputs; k += kSlab, x += x_step) {
+      V::template dot32<unpacked_source(T), M>(dot, weights, x);
+      weights += V::template unpacked_bytes<T>() ? V::template unpacked_bytes<T>() : slab_bytes(T);
+    }
+    for (int m = 0; m < M; ++m) {
+      float* sums = c + m * kPanelRows;
+      V::store(sums, finish(V::load(sums), dot[m], g, scale[m], sum[m]));
+    }
+  }
+
+  template <int M>
+  static TI4_INLINE void last_tile(int rows, const uint8_t* weights, int64_t inputs, const int8_t* x, int64_t x_step,
+                                   const float* scale, const int32_t* sum, const Group& g, float* c) {
+    if constexpr (M > 0) {
+      if (rows == M) return tile<M>(weights, inputs, x, x_step, scale, sum, g, c);
+      last_tile<M - 1>(rows, weights, inputs, x, x_step, scale, sum, g, c);
+    }
+  }
+
+  // Many rows: each block of a panel is unpacked to L1 once and all rows of the pass sweep over it.
+  static void tiled(const PackedWeight& w, const QuantizedRows& a, int64_t first, int64_t last, const Output& out) {
+    constexpr int M = V::kTileRows;
+    constexpr int kUnpacked = V::template unpacked_bytes<T>();
+    alignas(64) uint8_t unpacked[kMaxBlock / kSlab * kUnpacked + 1];
+    alignas(64) float c[kRowBlock * kPanelRows];
+    const int64_t x_step = a.rows * kSlab;
+    for (int64_t row = 0; row < a.rows; row += kRowBlock) {
+      const int rows = int(smaller(kRowBlock, a.rows - row));
+      for (int64_t panel = first; panel < last; ++panel) {
+        for (int i = 0; i < rows; ++i) V::store(c + i * kPanelRows, V::zero());
+        const uint8_t* codes = w.codes + panel * w.panel_bytes();
+        for (int64_t b = 0; b < w.blocks; ++b) {
+          const int64_t inputs = smaller(w.block, w.padded_inputs - b * w.block);
+          const uint8_t* weights = kUnpacked ? unpacked : codes;
+          for (int64_t k = 0; k < inputs / kSlab; ++k, codes += slab_bytes(T)) {
+            if constexpr (kUnpacked != 0) V::template unpack<T>(codes, unpacked + k * kUnpacked);
+          }
+          const Group g = load_group(w, panel, b / w.blocks_per_group());
+          const int8_t* x = a.codes + (b * w.block / kSlab * a.rows + row) * kSlab;
+          const float* scale = a.scales + b * a.rows + row;
+          const int32_t* sum = a.sums + b * a.rows + row;
+          int i = 0;
+          for (; i + M <= rows; i += M) {
+            tile<M>(weights, inputs, x + i * kSlab, x_step, scale + i, sum + i, g, c + i * kPanelRows);
+          }
+          last_tile<M - 1>(rows - i, weights, inputs, x + i * kSlab, x_step, scale + i, sum + i, g, c + i * kPanelRows);
+        }
+        store_rows<V>(c, rows, row, panel, w.out_features, out);
+      }
+    }
+  }
+
+  static void run(const PackedWeight& w, const QuantizedRows& a, int64_t first, int64_t last, int streams,
+                  const Output& out) {
+    if (a.rows <= V::kDirectRows) direct_rows<V::kDirectRows>(w, a, first, last, streams, out);
+    else tiled(w, a, first, last, out);
+  }
+};
+
+template <class V, WeightType T>
+void loops_linear_typed(const PackedWeight& w, const QuantizedRows& a, int64_t first, int64_t last, int streams,
+                        const Output& out) {
+  if (w.offset == Offset::kSymmetric) Int8Loops<V, T, Offset::kSymmetric>::run(w, a, first, last, streams, out);
+  else if (w.offset == Offset::kInteger) Int8Loops<V, T, Offset::kInteger>::run(w, a, first, last, streams, out);
+  else Int8Loops<V, T, Offset::kFloat>::run(w, a, first, last, streams, out);
+}
+
+template <class V>
+void loops_linear_int8(const PackedWeight& w, const QuantizedRows& a, int64_t first, int64_t last, int streams,
+                       const Output& out) {
+  if (w.type == WeightType::kInt4) loops_linear_typed<V, WeightType::kInt4>(w, a, first, last, streams, out);
+  else loops_linear_typed<V, WeightType::kInt8>(w, a, first, last, streams, out);
+}
+
+}  // namespace
+}  // namespace torch_int4

@@ -1,0 +1,71 @@
+// Scalar conversions and the tail of a store, for every kernel file. Internal linkage: each file gets its own copy,
+// compiled for its own ISA.
+#pragma once
+#include <string.h>
+
+#include "../kernel.h"
+
+namespace torch_int4 {
+namespace {
+
+inline uint32_t float_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+
+inline float bits_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+inline float from_half(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
+  if (exponent == 31) return bits_float(sign | 0x7f800000u | (mantissa << 13));
+  if (exponent) return bits_float(sign | ((exponent + 112) << 23) | (mantissa << 13));
+  const float magnitude = float(mantissa) * 0x1p-24f;  // subnormal: exact
+  return sign ? -magnitude : magnitude;
+}
+
+// Round to nearest even, as the hardware does; overflow gives infinity, NaN stays NaN.
+inline uint16_t to_half(float x) {
+  const uint32_t bits = float_bits(x), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00 | ((magnitude >> 13) & 0x3ff));
+  if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00);
+  if (magnitude < 0x38800000u) {  // below 2^-14: let the float adder round to a multiple of 2^-24
+    return uint16_t(sign | (float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u));
+  }
+  return uint16_t(sign | ((magnitude - 0x38000000u + 0xfff + ((magnitude >> 13) & 1)) >> 13));
+}
+
+inline float from_bfloat16(uint16_t h) { return bits_float(uint32_t(h) << 16); }
+
+inline uint16_t to_bfloat16(float x) {
+  const uint32_t bits = float_bits(x);
+  if ((bits & 0x7fffffff) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40);
+  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline float load_element(const void* source, DType dtype, int64_t i) {
+  if (dtype == DType::kF32) return static_cast<const float*>(source)[i];
+  const uint16_t h = static_cast<const uint16_t*>(source)[i];
+  return dtype == DType::kF16 ? from_half(h) : from_bfloat16(h);
+}
+
+inline void store_element(void* target, DType dtype, int64_t i, float x) {
+  if (dtype == DType::kF32) static_cast<float*>(target)[i] = x;
+  else static_cast<uint16_t*>(target)[i] = dtype == DType::kF16 ? to_half(x) : to_bfloat16(x);
+}
+
+// Blocks of x whose largest magnitude is below this count as zero, so that the inverse scale cannot overflow.
+constexpr float kTinyBlock = 0x1p-100f;
+
+inline int element_bytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+
+inline int zero_point(WeightType type) { return type == WeightType::kInt4 ? 8 : 128; }
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+}  // namespace
+}  // namespace torch_int4

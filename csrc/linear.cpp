@@ -1,0 +1,149 @@
+#include "linear.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include <memory>
+#include <new>
+
+#include "dispatch.h"
+
+namespace torch_int4 {
+namespace {
+
+// Memory that a thread keeps between calls, cache-line aligned; given back when it is unusually large.
+class Buffer {
+ public:
+  template <class T>
+  T* get(int64_t count) {
+    const size_t bytes = size_t(count) * sizeof(T);
+    if (bytes > capacity_) {
+      data_.reset();
+      capacity_ = (bytes + 4095) / 4096 * 4096;
+      data_.reset(aligned_alloc(64, capacity_));
+      if (!data_) {
+        capacity_ = 0;
+        throw std::bad_alloc();
+      }
+    }
+    return static_cast<T*>(data_.get());
+  }
+  void trim(size_t limit) {
+    if (capacity_ > limit) data_.reset(), capacity_ = 0;
+  }
+
+ private:
+  struct Free {
+    void operator()(void* p) const { free(p); }
+  };
+  std::unique_ptr<void, Free> data_;
+  size_t capacity_ = 0;
+};
+
+constexpr size_t kKeptBytes = size_t(32) << 20;
+constexpr int64_t kParallelElements = 1 << 15;  // preparing fewer elements of x than this is not worth a fork-join
+constexpr int64_t kThreadBytes = 1 << 15;       // weight bytes times rows that are worth a thread
+constexpr int kStreams = 4;
+
+float round_to_bfloat16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  const bool is_nan = (bits & 0x7fffffff) > 0x7f800000u;
+  bits = (is_nan ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+struct Job {
+  const IsaKernels& kernels;
+  const PackedWeight* weights;
+  const Output* outputs;
+  int count;
+  const Input& x;
+  Compute compute;
+  QuantizedRows quantized;
+  FloatRows floats;
+
+  const PackedWeight& w() const { return weights[0]; }  // what all of them share: inputs and blocks
+  bool integer() const { return compute == Compute::kInt8 || compute == Compute::kInt8x2; }
+  int terms() const { return compute == Compute::kInt8x2 ? 2 : 1; }
+};
+
+// Row `row` of x as floats, permuted and padded with zeros to whole slabs.
+const float* padded_row(const Job& job, int64_t row, Buffer& converted, Buffer& permuted) {
+  const int64_t k = job.w().in_features, padded = job.w().padded_inputs;
+  const int bytes = job.x.dtype == DType::kF32 ? 4 : 2;
+  const char* source = static_cast<const char*>(job.x.data) + row * k * bytes;
+  if (job.x.dtype == DType::kF32 && !job.x.perm && padded == k) return reinterpret_cast<const float*>(source);
+  float* target = converted.get<float>(padded);
+  job.kernels.to_float(source, job.x.dtype, k, target);
+  if (job.x.perm) {
+    float* gathered = permuted.get<float>(padded);
+    for (int64_t i = 0; i < k; ++i) gathered[i] = target[job.x.perm[i]];
+    target = gathered;
+  }
+  memset(target + k, 0, size_t(padded - k) * sizeof(float));
+  return target;
+}
+
+void prepare_rows(void* context, int64_t begin, int64_t end) {
+  thread_local Buffer converted, permuted;
+  const Job& job = *static_cast<const Job*>(context);
+  for (int64_t row = begin; row < end; ++row) {
+    const float* x = padded_row(job, row, converted, permuted);
+    if (job.integer()) {
+      const int terms = job.terms();
+      job.kernels.quantize(x, job.w().padded_inputs, job.w().block, job.quantized, row * terms, terms);
+      continue;
+    }
+    for (int64_t k = 0; k < job.w().padded_inputs; k += kSlab) {
+      float* target = job.floats.values + (k / kSlab * job.floats.rows + row) * kSlab;
+      if (job.compute == Compute::kFp32) memcpy(target, x + k, kSlab * sizeof(float));
+      else
+        for (int i = 0; i < kSlab; ++i) target[i] = round_to_bfloat16(x[k + i]);
+    }
+  }
+}
+
+// Panels [begin, end) of all the weights in a row.
+void run_panels(void* context, int64_t begin, int64_t end) {
+  const Job& job = *static_cast<const Job*>(context);
+  for (int i = 0; i < job.count && end > 0; ++i) {
+    const PackedWeight& w = job.weights[i];
+    const int64_t panels = w.panels(), first = begin > 0 ? begin : 0, last = end < panels ? end : panels;
+    begin -= panels;
+    end -= panels;
+    if (first >= last) continue;
+    Output out = job.outputs[i];
+    out.terms = job.terms();
+    if (job.integer()) job.kernels.linear_int8(w, job.quantized, first, last, kStreams, out);
+    else job.kernels.linear_float(w, job.floats, first, last, job.compute == Compute::kBf16, out);
+  }
+}
+
+}  // namespace
+
+const char* linear(const PackedWeight* w, const Output* y, int count, const Input& x, Compute compute,
+                   ParallelFor parallel) {
+  thread_local Buffer values, scales, sums;
+  Job job{active_kernels(), w, y, count, x, compute, {}, {}};
+  const int64_t rows = x.rows * job.terms(), inputs = w->padded_inputs;
+  if (job.integer()) {
+    job.quantized = {values.get<int8_t>(rows * inputs), scales.get<float>(rows * w->blocks),
+                     sums.get<int32_t>(rows * w->blocks), rows};
+  } else {
+    job.floats = {values.get<float>(rows * inputs), rows};
+  }
+  if (x.rows > 1 && x.rows * inputs >= kParallelElements) {
+    parallel(x.rows, 1 + kParallelElements / 2 / inputs, prepare_rows, &job);
+  } else {
+    prepare_rows(&job, 0, x.rows);
+  }
+  int64_t panels = 0;
+  for (int i = 0; i < count; ++i) panels += w[i].panels();
+  parallel(panels, 1 + kThreadBytes / (w->panel_bytes() * rows), run_panels, &job);
+  values.trim(kKeptBytes);
+  return job.kernels.name;
+}
+
+}  // namespace torch_int4

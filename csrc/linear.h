@@ -1,0 +1,26 @@
+// The framework around the kernels: quantize rows, split panels over threads, call the micro-kernel. No ATen, so that
+// the same code also runs in plain test programs.
+#pragma once
+#include "kernel.h"
+
+namespace torch_int4 {
+
+enum class Compute : int { kInt8, kInt8x2, kBf16, kFp32 };
+
+struct Input {
+  const void* data;  // [rows][in_features], contiguous
+  DType dtype;
+  int64_t rows;
+  const int64_t* perm;  // input k of the weight is input perm[k] of x; or null
+};
+
+// Runs body(context, begin, end) over [0, count) on the caller's thread pool, at least `grain` items a thread.
+using ParallelBody = void (*)(void* context, int64_t begin, int64_t end);
+using ParallelFor = void (*)(int64_t count, int64_t grain, ParallelBody body, void* context);
+
+// y[i] = x w[i]^T + bias for `count` weights with the same inputs and the same blocks: x is quantized once, and one
+// fork-join covers all of them. Returns the name of the kernel set that ran.
+const char* linear(const PackedWeight* w, const Output* y, int count, const Input& x, Compute compute,
+                   ParallelFor parallel);
+
+}  // namespace torch_int4

@@ -1,0 +1,246 @@
+"""The main job, end to end: one model in float and in INT4, on one machine, in one run.
+
+`run` measures and returns figures; `show` prints them. Perplexity decides whether the run passed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import torch_int4
+
+from . import models, speed
+from .memory import Memory, linear_bytes, patched_memory, weight_bytes
+from .perplexity import Comparison, Perplexity, compare, perplexity
+from .text import builtin_text
+
+PROMPT = "Write a two-sentence story about a small robot."
+
+
+@dataclass(frozen=True)
+class Side:
+    """What was measured of one of the two models."""
+
+    text: str
+    speed: speed.Speed
+    ppl: float
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """Everything one demo run found out; `same_tokens` counts equal leading tokens of the two generations."""
+
+    model: str
+    prompt: str
+    new_tokens: int
+    config: dict[str, Any]
+    info: dict[str, Any]
+    float_side: Side
+    int4_side: Side
+    memory: Memory
+    comparison: Comparison
+    ppl_tokens: int
+    same_tokens: int
+    max_loss: float
+    seconds: dict[str, float]
+
+    @property
+    def speedup(self) -> float:
+        """Decode tokens per second, INT4 over float, best of each: other work can only slow a repeat."""
+        return self.int4_side.speed.decode_best / self.float_side.speed.decode_best
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether some repeats took far longer than others, so that medians compare badly."""
+        speeds = (self.float_side.speed, self.int4_side.speed)
+        return any(speed.decode_median < 0.8 * speed.decode_best for speed in speeds)
+
+    @property
+    def passed(self) -> bool:
+        """Whether perplexity moved by at most `max_loss`; false for NaN."""
+        return abs(self.comparison.relative) <= self.max_loss
+
+
+class _Steps:
+    """Times named steps and shows which one runs."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        with self.console.status(f"{name} ..."):
+            yield
+        self.seconds[name] = round(time.perf_counter() - start, 2)
+
+
+def run(
+    model_dir: str | Path | None = None,
+    *,
+    prompt: str = PROMPT,
+    new_tokens: int = 64,
+    repeats: int = 3,
+    ppl_tokens: int = 2048,
+    max_loss: float = 0.02,
+    console: Console | None = None,
+    **overrides: Any,
+) -> Result:
+    """Measures a model in float32, patches it in place, and measures it again.
+
+    Args:
+        model_dir: directory written by ``save_pretrained``; None for the default model.
+        prompt: what to answer; wrapped in the tokenizer's chat template if it has one.
+        new_tokens: tokens to generate per repeat, at least 2.
+        repeats: timed generations of each model.
+        ppl_tokens: tokens of built-in English to measure perplexity on (at most 3000 or so exist by default).
+        max_loss: accepted relative change of perplexity.
+        console: where progress is shown.
+        overrides: fields of `Int4Config`.
+
+    Raises:
+        Int4Error: if the model cannot be found, loaded or patched.
+    """
+    step = _Steps(console or Console(quiet=True))
+    with step("load float model"):
+        model, tokenizer = models.load(model_dir)
+        ids = models.encode_prompt(tokenizer, prompt)
+    before = linear_bytes(model)
+    with step("generate in float"):
+        float_timings = speed.measure(model, ids, new_tokens, repeats=repeats)
+    with step("perplexity of float"):
+        float_ppl = _perplexity(model, tokenizer, ppl_tokens)
+    float_side = _side(model, tokenizer, float_timings, float_ppl)
+
+    config = torch_int4.Int4Config.with_overrides(None, **overrides)
+    with step("patch to INT4"):
+        torch_int4.patch(model, config)
+    with step("generate in INT4"):
+        int4_timings = speed.measure(model, ids, new_tokens, repeats=repeats)
+    with step("perplexity of INT4"):
+        int4_ppl = _perplexity(model, tokenizer, ppl_tokens)
+
+    return Result(
+        model=model.config._name_or_path or type(model).__name__,
+        prompt=prompt,
+        new_tokens=new_tokens,
+        config=dict(vars(config)),
+        info=torch_int4.info(),
+        float_side=float_side,
+        int4_side=_side(model, tokenizer, int4_timings, int4_ppl),
+        memory=patched_memory(model, before),
+        comparison=compare(float_ppl, int4_ppl),
+        ppl_tokens=float_ppl.tokens,
+        same_tokens=_same_prefix(float_timings[0].output_ids, int4_timings[0].output_ids),
+        max_loss=max_loss,
+        seconds=step.seconds,
+    )
+
+
+def _perplexity(model: Any, tokenizer: Any, tokens: int) -> Perplexity:
+    # Eight characters a token is more than any English tokenizer needs; the cut to `tokens` is exact.
+    return perplexity(model, tokenizer, builtin_text(min(8 * tokens, 100_000)), window=512, max_tokens=tokens)
+
+
+def _side(model: nn.Module, tokenizer: Any, timings: list[speed.Timing], score: Perplexity) -> Side:
+    ids = list(timings[0].output_ids)
+    if tokenizer.eos_token_id in ids:  # timing runs on; a user would see the answer end here
+        ids = ids[: ids.index(tokenizer.eos_token_id)]
+    return Side(
+        text=tokenizer.decode(ids, skip_special_tokens=True).strip(),
+        speed=speed.summarize(timings),
+        ppl=score.ppl,
+        weight_bytes=sum(weight_bytes(model).values()),
+    )
+
+
+def _same_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+def show(result: Result, console: Console) -> None:
+    """Prints a result as two answers and one table."""
+    left, right = result.float_side, result.int4_side
+    said = {"Prompt": result.prompt, "float32 answers": left.text, "INT4 answers": right.text}
+    for title, text in said.items():
+        console.print(f"[bold]{title}[/bold]")
+        console.print(text, "\n", sep="", highlight=False, markup=False)  # a model may write [/brackets]
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "float32", "INT4", "INT4 / float32"):
+        table.add_column(column, justify="left" if not column else "right")
+    for row in _rows(result):
+        table.add_row(*row)
+    console.print(table, "")
+    for line in _notes(result):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _rows(result: Result) -> list[tuple[str, str, str, str]]:
+    left, right, memory = result.float_side, result.int4_side, result.memory
+
+    def pair(name: str, get: Callable[[Side], float], form: str) -> tuple[str, str, str, str]:
+        a, b = get(left), get(right)
+        return name, format(a, form), format(b, form), f"{b / a:.3f}"
+
+    return [
+        pair("decode, tokens/s (best)", lambda side: side.speed.decode_best, ".1f"),
+        pair("decode, tokens/s (median)", lambda side: side.speed.decode_median, ".1f"),
+        pair("prefill, tokens/s (best)", lambda side: side.speed.prefill_best, ".1f"),
+        pair("perplexity", lambda side: side.ppl, ".4f"),
+        (
+            f"weights of {memory.linears} linears",
+            _mb(memory.float_bytes),
+            _mb(memory.int4_bytes),
+            f"{memory.int4_bytes / memory.float_bytes:.3f}",
+        ),
+        (
+            "weights of the whole model",
+            _mb(left.weight_bytes),
+            _mb(right.weight_bytes),
+            f"{right.weight_bytes / left.weight_bytes:.3f}",
+        ),
+    ]
+
+
+def _notes(result: Result) -> Iterator[str]:
+    memory, versus, info, config = result.memory, result.comparison, result.info, result.config
+    yield (
+        f"linears  {memory.bits_per_weight:.2f} bits per weight, {memory.ratio_to_bf16:.3f} of bf16 "
+        f"({_mb(memory.bf16_bytes)})"
+    )
+    if memory.head_bytes:
+        yield (
+            f"head     {config['head']}, {_mb(memory.head_bytes)} "
+            f"(float32 {_mb(memory.head_float_bytes)}, which stays where the input embedding shares it)"
+        )
+    yield (
+        f"text     {result.ppl_tokens} tokens: perplexity {versus.relative:+.2%} +- {versus.stderr:.2%}, "
+        f"same most likely token at {versus.agreement:.1%}; "
+        f"first {result.same_tokens} of {result.new_tokens} generated tokens equal"
+    )
+    shown = ("recipe", "group_size", "symmetric", "zeros", "compute", "head")
+    yield "config   " + ", ".join(f"{name}={config[name]}" for name in shown if name in config)
+    versions = f"torch {info['torch']}, torch_int4 {info['version']}"
+    yield f"kernel   {info['isa']}, {info['threads']} threads, {versions}"
+    yield f"time     {sum(result.seconds.values()):.0f} s: " + ", ".join(
+        f"{name} {seconds:.1f}" for name, seconds in result.seconds.items()
+    )
+    if result.disturbed:
+        yield "note     other work slowed some repeats: trust the best figures, or run again"
+    limit = f"perplexity within {result.max_loss:.0%} of float"
+    yield f"[bold green]passed[/]   {limit}" if result.passed else f"[bold red]FAILED[/]   not {limit}"

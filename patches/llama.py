@@ -1,0 +1,5 @@
+"""Llama, Llama-2, Llama-3, and models that say they are of type "llama", such as SmolLM2."""
+
+from .families import Family
+
+FAMILY = Family(shared_inputs=(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")))

@@ -1,0 +1,76 @@
+"""Finds the packages and builds the C++ operators; everything else is in pyproject.toml."""
+
+import os
+import shutil
+import sysconfig
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build import build
+
+try:
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"torch_int4 compiles against torch, which cannot be imported here ({error}). "
+        "Run `pip install torch==2.13.0` first, or drop --no-build-isolation and pip gets it for the build."
+    ) from error
+
+# patches/ and evals/ live inside the package once installed, so that no global module has those names.
+FOLDERS = {"torch_int4": "torch_int4", "torch_int4.patches": "patches", "torch_int4.evals": "evals"}
+PACKAGES = [*FOLDERS, *(f"{name}.{sub}" for name, folder in FOLDERS.items() for sub in find_packages(folder))]
+
+DEFINES: list[tuple[str, str | None]] = [
+    ("TORCH_TARGET_VERSION", "0x020a000000000000"),  # LibTorch 2.10: the oldest that the wheel loads into
+    ("TORCH_STABLE_ONLY", None),
+]
+# No -march: a file of csrc/kernels raises its own target. No contraction: all kernels must round alike.
+COMPILE = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-fopenmp"]
+# gcc 12 warns of its own AVX-512 headers (undefined vectors as the source of masked moves).
+WARN = ["-Wall", "-Wextra", "-Wno-maybe-uninitialized"]
+LINK = ["-fopenmp"]
+
+
+def sanitizers() -> list[str]:
+    """Flags for TORCH_INT4_SANITIZE=address,undefined (run Python with the sanitizer's library preloaded)."""
+    names = os.environ.get("TORCH_INT4_SANITIZE")
+    if not names:
+        return []
+    return [f"-fsanitize={names}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]
+
+
+def operators() -> object:
+    """The extension torch_int4._C: every .cpp of csrc/ and csrc/kernels/, in a fixed order."""
+    folders = [Path("csrc"), Path("csrc/kernels")]
+    system = [*include_paths(), sysconfig.get_path("include")]
+    return CppExtension(
+        "torch_int4._C",
+        [str(path) for folder in folders for path in sorted(folder.glob("*.cpp"))],
+        depends=[str(path) for folder in folders for path in sorted(folder.glob("*.h"))],
+        include_dirs=[os.path.abspath("csrc")],
+        define_macros=DEFINES,
+        # -isystem keeps the warnings of other people's headers quiet.
+        extra_compile_args={"cxx": [*COMPILE, *WARN, *sanitizers(), *(f"-isystem{path}" for path in system)]},
+        extra_link_args=[*LINK, *sanitizers()],
+        py_limited_api=True,
+    )
+
+
+class FreshBuild(build):
+    """Keeps objects between builds, but no Python file: a deleted one would be installed again."""
+
+    def run(self) -> None:
+        shutil.rmtree(Path(self.build_lib) / "torch_int4", ignore_errors=True)
+        super().run()
+
+
+# BuildExtension looks for ninja on the PATH, where that of a virtual environment nobody activated is missing.
+os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
+
+setup(
+    packages=PACKAGES,
+    package_dir=FOLDERS,
+    ext_modules=[operators()],
+    cmdclass={"build": FreshBuild, "build_ext": BuildExtension},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

@@ -1,0 +1,266 @@
+// Every kernel set that runs on this processor against the scalar reference, without torch: the same bits for the
+// same operands, on odd shapes and extreme operands, with an unmapped page right before or right behind every buffer.
+//
+//   kernels_main [--small] [--expect NAME]     NAME: the kernel set that must be chosen by default
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../../csrc/dispatch.h"
+#include "../../csrc/kernels/scalar.h"
+#include "../../csrc/linear.h"
+#include "../../csrc/pack.h"
+
+using namespace torch_int4;
+
+namespace {
+
+constexpr size_t kPage = 4096;
+
+// Memory that faults one byte before its beginning or one byte behind its end.
+class Guarded {
+ public:
+  Guarded(size_t bytes, bool at_end) : length_((bytes + kPage - 1) / kPage * kPage + 2 * kPage) {
+    void* map = mmap(nullptr, length_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (map == MAP_FAILED) throw std::runtime_error("mmap failed");
+    base_ = static_cast<char*>(map);
+    mprotect(base_, kPage, PROT_NONE);
+    mprotect(base_ + length_ - kPage, kPage, PROT_NONE);
+    data_ = at_end ? base_ + length_ - kPage - bytes : base_ + kPage;
+  }
+  ~Guarded() { munmap(base_, length_); }
+  Guarded(const Guarded&) = delete;
+  template <class T>
+  T* as() {
+    return reinterpret_cast<T*>(data_);
+  }
+
+ private:
+  size_t length_;
+  char* base_;
+  char* data_;
+};
+
+struct Random {
+  uint32_t state = 2463534242u;
+  uint32_t next() {
+    state ^= state << 13;
+    state ^= state >> 17;
+    return state ^= state << 5;
+  }
+  float normal() { return (float(next() & 0xffff) + float(next() & 0xffff) - 65535.f) / 30000.f; }
+};
+
+enum class Data { kRandom, kExtremes, kNotFinite };
+
+struct Case {
+  int64_t rows, out_features, in_features, group;
+  WeightType type;
+  Offset offset;
+  Compute compute;
+  DType dtype;
+  Data data;
+  bool scales_f32, perm;
+};
+
+std::string describe(const Case& c) {
+  char text[200];
+  snprintf(text, sizeof text, "M=%d N=%d K=%d group=%d type=%d offset=%d compute=%d dtype=%d data=%d f32=%d perm=%d",
+           int(c.rows), int(c.out_features), int(c.in_features), int(c.group), int(c.type), int(c.offset),
+           int(c.compute), int(c.dtype), int(c.data), c.scales_f32, c.perm);
+  return text;
+}
+
+PackedWeight shape_of(const Case& c) {
+  PackedWeight w{};
+  w.out_features = c.out_features;
+  w.in_features = c.in_features;
+  w.type = c.type;
+  w.offset = c.offset;
+  w.scales_f32 = c.scales_f32;
+  w.padded_inputs = (c.in_features + kSlab - 1) / kSlab * kSlab;
+  w.group = c.group == -1 || c.group > w.padded_inputs ? w.padded_inputs : c.group;
+  w.groups = (w.padded_inputs + w.group - 1) / w.group;
+  w.block = smaller(w.group, kMaxBlock);
+  w.blocks = (w.padded_inputs + w.block - 1) / w.block;
+  return w;
+}
+
+float element(const Case& c, Random& random, int64_t row, int64_t k) {
+  if (c.data == Data::kExtremes) return (row + k) % 2 ? -3e4f : 3e4f;
+  if (c.data == Data::kNotFinite && row == 1) return k == c.in_features - 1 ? NAN : 1.f;
+  if (c.data == Data::kNotFinite && row == 2) return k == 0 ? -INFINITY : 0.f;
+  if (c.data == Data::kNotFinite && row == 3) return 0.f;
+  return random.normal();
+}
+
+// The operands of one case in guarded memory; `run` multiplies them with the kernel set in use.
+class Problem {
+ public:
+  Problem(const Case& c, bool at_end)
+      : case_(c),
+        w_(shape_of(c)),
+        parameters_(w_.panels() * w_.groups * kPanelRows),
+        bytes_(element_bytes(c.dtype)),
+        codes_(size_t(w_.panels() * w_.panel_bytes()), at_end),
+        scales_(size_t(parameters_ * (c.scales_f32 ? 4 : 2)), at_end),
+        offsets_(size_t(parameters_ * offset_bytes()), at_end),
+        bias_(size_t(c.out_features * 4), at_end),
+        perm_(size_t(c.in_features * 8), at_end),
+        x_(size_t(c.rows * c.in_features * bytes_), at_end),
+        y_(size_t(c.rows * c.out_features * bytes_), at_end) {
+    fill();
+  }
+
+  std::vector<char> run(int64_t first_row, int64_t rows) {
+    char* y = y_.as<char>();
+    memset(y, 0xee, size_t(rows * case_.out_features * bytes_));
+    const Input input{x_.as<char>() + first_row * case_.in_features * bytes_, case_.dtype, rows,
+                      case_.perm ? perm_.as<int64_t>() : nullptr};
+    const Output output{y, case_.dtype, case_.out_features, bias_.as<float>(), 1};
+    // Two uneven parts, as two threads would get them.
+    const auto parallel = [](int64_t count, int64_t, ParallelBody body, void* context) {
+      body(context, 0, count / 3);
+      body(context, count / 3, count);
+    };
+    linear(&w_, &output, 1, input, case_.compute, parallel);
+    return {y, y + rows * case_.out_features * bytes_};
+  }
+
+  size_t row_bytes() const { return size_t(case_.out_features * bytes_); }
+
+ private:
+  int64_t offset_bytes() const { return w_.offset == Offset::kInteger ? 1 : case_.scales_f32 ? 4 : 2; }
+
+  void fill() {
+    Random random;
+    const bool extreme = case_.data == Data::kExtremes;
+    const int mask = case_.type == WeightType::kInt4 ? 15 : 255;
+    std::vector<uint8_t> codes(size_t(w_.out_features * w_.in_features));
+    for (auto& code : codes) code = uint8_t(extreme ? mask : int(random.next() >> 9) & mask);
+    pack_codes(codes.data(), w_, 0, w_.panels(), codes_.as<uint8_t>());
+    w_.codes = codes_.as<uint8_t>();
+    const DType parameter = case_.scales_f32 ? DType::kF32 : DType::kF16;
+    for (int64_t i = 0; i < parameters_; ++i) {
+      store_element(scales_.as<char>(), parameter, i, random.normal() * 0.1f);
+      if (w_.offset == Offset::kInteger)
+        offsets_.as<uint8_t>()[i] = uint8_t(extreme ? mask : int(random.next() >> 9) & mask);
+      if (w_.offset == Offset::kFloat) store_element(offsets_.as<char>(), parameter, i, random.normal());
+    }
+    w_.scales = scales_.as<char>();
+    w_.offsets = w_.offset == Offset::kSymmetric ? nullptr : offsets_.as<char>();
+    for (int64_t n = 0; n < w_.out_features; ++n) bias_.as<float>()[n] = random.normal();
+    for (int64_t k = 0; k < w_.in_features; ++k) perm_.as<int64_t>()[k] = w_.in_features - 1 - k;
+    for (int64_t row = 0; row < case_.rows; ++row) {
+      for (int64_t k = 0; k < w_.in_features; ++k) {
+        store_element(x_.as<char>(), case_.dtype, row * w_.in_features + k, element(case_, random, row, k));
+      }
+    }
+  }
+
+  Case case_;
+  PackedWeight w_;
+  int64_t parameters_, bytes_;
+  Guarded codes_, scales_, offsets_, bias_, perm_, x_, y_;
+};
+
+// NaN payloads may differ between instruction sets; everything else must not.
+bool same(const std::vector<char>& a, const std::vector<char>& b, DType dtype, bool exact) {
+  const int64_t count = int64_t(a.size()) / element_bytes(dtype);
+  double error = 0, norm = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const float p = load_element(a.data(), dtype, i), q = load_element(b.data(), dtype, i);
+    if (isnan(p) || isnan(q) || isinf(p) || isinf(q)) {
+      if (isnan(p) != isnan(q) || isinf(p) != isinf(q)) return false;
+      continue;
+    }
+    if (exact && float_bits(p) != float_bits(q)) return false;
+    error += double(p - q) * (p - q);
+    norm += double(q) * q;
+  }
+  return sqrt(error) <= 1e-2 * sqrt(norm) + 1e-30;
+}
+
+int failures = 0, passed = 0;
+
+void check(bool ok, const char* what, const char* kernels, const Case& c) {
+  ok ? ++passed : ++failures;
+  if (!ok && failures < 20) printf("FAILED %s: %s %s\n", kernels, what, describe(c).c_str());
+}
+
+void run_case(const Case& c, const std::vector<std::string>& sets) {
+  for (int at_end = 0; at_end < 2; ++at_end) {
+    Problem problem(c, at_end);
+    select_kernels("reference");
+    const std::vector<char> expected = problem.run(0, c.rows);
+    for (const auto& set : sets) {
+      select_kernels(set);
+      const std::vector<char> all = problem.run(0, c.rows);
+      check(same(all, expected, c.dtype, c.compute != Compute::kBf16), "differs from the reference", set.c_str(), c);
+      if (c.rows == 1 || at_end) continue;
+      const int64_t last = c.rows - 1;
+      const std::vector<char> alone = problem.run(last, 1);
+      const std::vector<char> in_batch(all.begin() + int64_t(size_t(last) * problem.row_bytes()), all.end());
+      check(same(alone, in_batch, c.dtype, c.compute != Compute::kBf16), "a row alone differs from the row in a batch",
+            set.c_str(), c);
+    }
+  }
+}
+
+std::vector<Case> cases(bool small) {
+  std::vector<Case> all;
+  const std::vector<int64_t> rows =
+      small ? std::vector<int64_t>{1, 2, 5, 17}
+            : std::vector<int64_t>{1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17, 31, 33, 64, 129, 140};
+  const std::vector<int64_t> groups = {32, 64, 96, 128, 256, 1024, -1};
+  const int64_t sizes[][2] = {{1, 1}, {15, 31}, {16, 32}, {17, 33}, {31, 300}, {65, 129}, {100, 576}, {129, 255}};
+  int turn = 0;
+  for (int64_t group : groups) {
+    for (int type = 0; type < 2; ++type) {
+      for (int offset = 0; offset < 3; ++offset) {
+        for (int compute = 0; compute < 4; ++compute) {
+          for (int repeat = 0; repeat < (small ? 1 : 4); ++repeat, ++turn) {
+            const auto* size = sizes[size_t(turn) % (small ? 6 : 8)];
+            all.push_back({rows[size_t(turn * 7 + turn / 17) % rows.size()], size[0], size[1], group, WeightType(type),
+                           Offset(offset), Compute(compute), DType(turn % 3), Data::kRandom, turn % 4 == 3,
+                           turn % 5 == 4});
+          }
+          all.push_back({compute + 4, 33, 160, group, WeightType(type), Offset(offset), Compute(compute), DType::kF32,
+                         Data::kNotFinite, false, false});
+          all.push_back({1 + turn % 6, 48, 1100, group, WeightType(type), Offset(offset), Compute(compute), DType::kF32,
+                         Data::kExtremes, false, false});
+        }
+      }
+    }
+  }
+  return all;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  bool small = false;
+  std::string expected;
+  for (int i = 1; i < argc; ++i) {
+    if (!strcmp(argv[i], "--small")) small = true;
+    else if (!strcmp(argv[i], "--expect") && i + 1 < argc) expected = argv[++i];
+  }
+  const std::string chosen = active_kernels().name;
+  printf("kernels chosen: %s; run here:", chosen.c_str());
+  const std::vector<std::string> sets = kernel_names(true);
+  for (const auto& name : sets) printf(" %s", name.c_str());
+  printf("\n");
+  if (!expected.empty() && chosen != expected) {
+    printf("FAILED: expected the kernel set %s\n", expected.c_str());
+    return 1;
+  }
+  for (const Case& c : cases(small)) run_case(c, sets);
+  printf("%d passed, %d failed\n", passed, failures);
+  return failures != 0;
+}

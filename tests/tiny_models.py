@@ -1,0 +1,57 @@
+"""Small random models, and what tests ask about patched ones."""
+
+import copy
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from torch_int4 import Int4Linear
+
+IDS = torch.tensor([[5, 17, 3, 42, 9, 61], [1, 2, 3, 4, 5, 6]])
+
+
+def llama(tied=True, dtype=torch.float32, **fields):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **{
+            "hidden_size": 72,  # not a multiple of the group
+            "intermediate_size": 104,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 18,
+            "vocab_size": 99,
+            "tie_word_embeddings": tied,
+            "initializer_range": 0.2,
+            **fields,
+        }
+    )
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def linears(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and not isinstance(m, Int4Linear)}
+
+
+def int4s(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, Int4Linear)}
+
+
+def logits(model, ids=IDS):
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def dequantized(model, patched):
+    """A float copy of the model with the weights that the patched one stands for."""
+    reference = copy.deepcopy(model)
+    for name, module in int4s(patched).items():
+        old = reference.get_submodule(name)
+        weight = module.to_weight().dequantize().to(old.weight.dtype)
+        old.weight = nn.Parameter(weight if isinstance(old, nn.Linear) else weight.t().contiguous())
+    return reference
+
+
+def assert_same_model(model, patched, **tolerance):
+    torch.testing.assert_close(logits(patched), logits(dequantized(model, patched)), **tolerance)

@@ -1,0 +1,96 @@
+"""How a model is quantized: one frozen dataclass, checked when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from .errors import Int4Error
+
+COMPUTE = ("int8", "int8x2", "bf16", "fp32")
+ZEROS = ("integer", "float")
+HEADS = ("float", "int4", "int8")
+EMBEDDINGS = ("float", "bf16")
+GROUP_SIZES = "a multiple of 32 up to 128, a multiple of 128 up to 1024, or -1 (one group per row)"
+
+
+def is_group_size(value: Any) -> bool:
+    """Whether kernels can serve groups of this many inputs."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        return False
+    if value == -1:
+        return True
+    return (0 < value <= 128 and value % 32 == 0) or (128 < value <= 1024 and value % 128 == 0)
+
+
+@dataclass(frozen=True)
+class Int4Config:
+    """How weights are quantized and how products are computed.
+
+    Attributes:
+        recipe: how codes are found; one of the files in `torch_int4/recipes`.
+        group_size: inputs that share a scale: a multiple of 32 up to 128, a multiple of 128 up to 1024, or -1
+            for one group per row. A row need not be a multiple of it; the last group may be shorter.
+        symmetric: codes around a fixed zero point (8), without an offset per group.
+        zeros: offset per group when `symmetric=False`: "integer" (a zero point 0..15, w = s*(q - z)) or
+            "float" (a minimum, w = s*q + m; takes over weights that came from GGUF Q4_1 bit by bit).
+        clip: search per group for the clipping of the range with the least squared weight error.
+        compute: arithmetic of the products. "int8" quantizes each row of the input; "int8x2" does so with
+            about 15 bits; "bf16" and "fp32" dequantize the weights instead.
+        head: the output projection onto the vocabulary: left in "float", or "int8" or "int4".
+        embeddings: "float" leaves input embeddings alone, "bf16" stores them in half the bytes of fp32.
+        skip: `fnmatch` patterns of module names that stay in float, with everything below them.
+
+    Raises:
+        Int4Error: a value that is not accepted; the message names the field and what is.
+    """
+
+    recipe: str = "rtn"
+    group_size: int = 32
+    symmetric: bool = True
+    zeros: str = "integer"
+    clip: bool = False
+    compute: str = "int8"
+    head: str = "int8"
+    embeddings: str = "float"
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        from .recipes import available  # here, because recipes import this module
+
+        patterns = (self.skip,) if isinstance(self.skip, str) else self.skip
+        if not isinstance(patterns, (tuple, list)) or not all(isinstance(p, str) for p in patterns):
+            raise Int4Error(f"Int4Config.skip must be a tuple of name patterns, got {self.skip!r}")
+        object.__setattr__(self, "skip", tuple(patterns))
+
+        if not is_group_size(self.group_size):
+            raise Int4Error(f"Int4Config.group_size must be {GROUP_SIZES}; got {self.group_size!r}")
+        self._check_choice("recipe", available())
+        self._check_choice("zeros", ZEROS)
+        self._check_choice("compute", COMPUTE)
+        self._check_choice("head", HEADS)
+        self._check_choice("embeddings", EMBEDDINGS)
+        for name in ("symmetric", "clip"):
+            if not isinstance(getattr(self, name), bool):
+                raise Int4Error(f"Int4Config.{name} must be True or False; got {getattr(self, name)!r}")
+
+    def _check_choice(self, name: str, accepted: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, str) or value not in accepted:
+            choices = ", ".join(repr(choice) for choice in accepted)
+            raise Int4Error(f"Int4Config.{name} must be one of {choices}; got {value!r}")
+
+    @classmethod
+    def with_overrides(cls, config: Int4Config | None = None, **overrides: Any) -> Int4Config:
+        """`config` (or the default one) with some fields changed.
+
+        Raises:
+            Int4Error: `config` is of another type, a name is not a field, or a value is not accepted.
+        """
+        if config is not None and not isinstance(config, Int4Config):
+            raise Int4Error(f"config must be an Int4Config or None; got {type(config).__name__}")
+        known = [field.name for field in fields(cls)]
+        unknown = [name for name in overrides if name not in known]
+        if unknown:
+            raise Int4Error(f"unknown option {', '.join(unknown)}; the fields of Int4Config are {', '.join(known)}")
+        return replace(config or cls(), **overrides)

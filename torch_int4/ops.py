@@ -1,0 +1,168 @@
+"""The operators `torch.ops.torch_int4.*`: shapes for `torch.compile` and `export`, gradients, and kernel choice.
+
+Packed weights are three tensors (see csrc/kernel.h): `weight` uint8 `[panels, lines, 64]`, `scales` float16 or
+float32 `[panels, groups, 16]`, and `offsets` (uint8 zero points, or floats of the scales' type) or None.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_int4 import _C  # noqa: F401  (registers the operators)
+from torch_int4.errors import Int4Error
+
+PANEL_ROWS = 16
+SLAB = 32
+_BITS = {"int4": 4, "int8": 8}
+
+
+def isa() -> str:
+    """Name of the kernel set in use."""
+    return str(torch.ops.torch_int4.isa())
+
+
+def isas(*, only_supported: bool = True) -> list[str]:
+    """Names of the kernel sets that run here (or of all that were built), the preferred one first."""
+    return list(torch.ops.torch_int4.isas(only_supported).split(","))
+
+
+def set_isa(name: str) -> None:
+    """Switches to a kernel set by name; "" is the best one. Raises `Int4Error` for one that cannot run here."""
+    try:
+        torch.ops.torch_int4.set_isa(name)
+    except RuntimeError as error:
+        raise Int4Error(str(error)) from None
+
+
+def _padded(in_features: int) -> int:
+    return -(-in_features // SLAB) * SLAB
+
+
+def _groups(in_features: int, group_size: int) -> int:
+    padded = _padded(in_features)
+    return 1 if group_size == -1 else -(-padded // min(group_size, padded))
+
+
+@torch.library.register_fake("torch_int4::pack")
+def _pack(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None = None,
+    offsets: Tensor | None = None,
+    *,
+    group_size: int,
+    weight_type: str = "int4",
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, inputs = codes.shape
+    panels = -(-rows // PANEL_ROWS)
+    lines = _padded(inputs) * PANEL_ROWS * _BITS[weight_type] // 8 // 64
+    streams = (panels, _groups(inputs, group_size), PANEL_ROWS)
+    given = zeros if zeros is not None else offsets
+    packed_offsets = scales.new_empty(0) if given is None else given.new_empty(streams)
+    return codes.new_empty(panels, lines, 64), scales.new_empty(streams), packed_offsets
+
+
+@torch.library.register_fake("torch_int4::unpack")
+def _unpack(
+    weight: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    *,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    weight_type: str = "int4",
+) -> tuple[Tensor, Tensor, Tensor]:
+    streams = (out_features, _groups(in_features, group_size))
+    unpacked_offsets = scales.new_empty(0) if offsets is None else offsets.new_empty(streams)
+    return weight.new_empty(out_features, in_features), scales.new_empty(streams), unpacked_offsets
+
+
+@torch.library.register_fake("torch_int4::dequantize")
+def _dequantize(
+    weight: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    perm: Tensor | None,
+    *,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    weight_type: str = "int4",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    return weight.new_empty(out_features, in_features, dtype=dtype)
+
+
+@torch.library.register_fake("torch_int4::int4_linear")
+def _int4_linear(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None = None,
+    bias: Tensor | None = None,
+    perm: Tensor | None = None,
+    *,
+    out_features: int,
+    group_size: int,
+    weight_type: str = "int4",
+    compute: str = "int8",
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype or x.dtype)
+
+
+@torch.library.register_fake("torch_int4::int4_linears")
+def _int4_linears(
+    x: Tensor,
+    weights: list[Tensor],
+    scales: list[Tensor],
+    offsets: list[Tensor | None],
+    biases: list[Tensor | None],
+    perm: Tensor | None = None,
+    *,
+    out_features: list[int],
+    group_size: int,
+    weight_type: str = "int4",
+    compute: str = "int8",
+    out_dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    return [x.new_empty((*x.shape[:-1], rows), dtype=out_dtype or x.dtype) for rows in out_features]
+
+
+# The gradient with respect to x and the bias, so that adapters train on top; the quantized weight gets none. It is
+# that of the dequantized weight: rounding of the activations is treated as the identity (straight through).
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
+    x, weight, scales, offsets, bias, perm = inputs
+    ctx.save_for_backward(weight, scales, offsets, perm)
+    ctx.in_features, ctx.x_dtype = x.shape[-1], x.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.options = {name: keyword_only_inputs[name] for name in ("out_features", "group_size", "weight_type")}
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight, scales, offsets, perm = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        dense = torch.ops.torch_int4.dequantize(
+            weight, scales, offsets, perm, in_features=ctx.in_features, dtype=grad.dtype, **ctx.options
+        )
+        grad_x = (grad @ dense).to(ctx.x_dtype)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return grad_x, None, None, None, grad_bias, None
+
+
+torch.library.register_autograd("torch_int4::int4_linear", _backward, setup_context=_save)
+
+
+def _no_gradient(ctx: Any, *grads: Any) -> None:
+    raise Int4Error("int4_linears is for inference; call int4_linear for each weight where gradients are needed")
+
+
+torch.library.register_autograd("torch_int4::int4_linears", _no_gradient)
