@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 import torch_int4
 
@@ -51,19 +51,21 @@ class Result:
     comparison: Comparison
     ppl_tokens: int
     same_tokens: int
+    decode_ratios: list[float]
     max_loss: float
     seconds: dict[str, float]
 
     @property
     def speedup(self) -> float:
-        """Decode tokens per second, INT4 over float, best of each: other work can only slow a repeat."""
-        return self.int4_side.speed.decode_best / self.float_side.speed.decode_best
+        """Decode speed of INT4 over float: the median of ratios of neighbouring repeats."""
+        return statistics.median(self.decode_ratios)
 
     @property
     def disturbed(self) -> bool:
-        """Whether some repeats took far longer than others, so that medians compare badly."""
+        """Whether repeats disagree so much that the speeds should not be quoted."""
         speeds = (self.float_side.speed, self.int4_side.speed)
-        return any(speed.decode_median < 0.8 * speed.decode_best for speed in speeds)
+        uneven = any(speed.decode_median < 0.8 * speed.decode_best for speed in speeds)
+        return uneven or max(self.decode_ratios) > 1.25 * min(self.decode_ratios)
 
     @property
     def passed(self) -> bool:
@@ -99,6 +101,9 @@ def run(
 ) -> Result:
     """Measures a model in float32, patches it in place, and measures it again.
 
+    For the timing the float model is loaded once more, so that repeats of both can alternate: the peak of memory
+    is the float model plus the patched one.
+
     Args:
         model_dir: directory written by ``save_pretrained``; None for the default model.
         prompt: what to answer; wrapped in the tokenizer's chat template if it has one.
@@ -118,18 +123,23 @@ def run(
         ids = models.encode_prompt(tokenizer, prompt)
     before = linear_bytes(model)
     with step("generate in float"):
-        float_timings = speed.measure(model, ids, new_tokens, repeats=repeats)
+        float_ids = speed.time_generate(model, ids, new_tokens).output_ids
     with step("perplexity of float"):
         float_ppl = _perplexity(model, tokenizer, ppl_tokens)
-    float_side = _side(model, tokenizer, float_timings, float_ppl)
+    float_bytes = sum(weight_bytes(model).values())
 
     config = torch_int4.Int4Config.with_overrides(None, **overrides)
     with step("patch to INT4"):
         torch_int4.patch(model, config)
     with step("generate in INT4"):
-        int4_timings = speed.measure(model, ids, new_tokens, repeats=repeats)
+        int4_ids = speed.time_generate(model, ids, new_tokens).output_ids
     with step("perplexity of INT4"):
         int4_ppl = _perplexity(model, tokenizer, ppl_tokens)
+    int4_bytes = sum(weight_bytes(model).values())
+    with step("time both in turns"):
+        again, _ = models.load(model_dir)
+        float_timings, int4_timings = speed.alternate([again, model], ids, new_tokens, repeats=repeats)
+        del again
 
     return Result(
         model=model.config._name_or_path or type(model).__name__,
@@ -137,12 +147,13 @@ def run(
         new_tokens=new_tokens,
         config=dict(vars(config)),
         info=torch_int4.info(),
-        float_side=float_side,
-        int4_side=_side(model, tokenizer, int4_timings, int4_ppl),
+        float_side=_side(tokenizer, float_ids, float_timings, float_ppl, float_bytes),
+        int4_side=_side(tokenizer, int4_ids, int4_timings, int4_ppl, int4_bytes),
         memory=patched_memory(model, before),
         comparison=compare(float_ppl, int4_ppl),
         ppl_tokens=float_ppl.tokens,
-        same_tokens=_same_prefix(float_timings[0].output_ids, int4_timings[0].output_ids),
+        same_tokens=_same_prefix(float_ids, int4_ids),
+        decode_ratios=speed.decode_ratios(float_timings, int4_timings),
         max_loss=max_loss,
         seconds=step.seconds,
     )
@@ -153,15 +164,17 @@ def _perplexity(model: Any, tokenizer: Any, tokens: int) -> Perplexity:
     return perplexity(model, tokenizer, builtin_text(min(8 * tokens, 100_000)), window=512, max_tokens=tokens)
 
 
-def _side(model: nn.Module, tokenizer: Any, timings: list[speed.Timing], score: Perplexity) -> Side:
-    ids = list(timings[0].output_ids)
-    if tokenizer.eos_token_id in ids:  # timing runs on; a user would see the answer end here
+def _side(
+    tokenizer: Any, output_ids: tuple[int, ...], timings: list[speed.Timing], score: Perplexity, size: int
+) -> Side:
+    ids = list(output_ids)
+    if tokenizer.eos_token_id in ids:  # generation ran on; a user would see the answer end here
         ids = ids[: ids.index(tokenizer.eos_token_id)]
     return Side(
         text=tokenizer.decode(ids, skip_special_tokens=True).strip(),
         speed=speed.summarize(timings),
         ppl=score.ppl,
-        weight_bytes=sum(weight_bytes(model).values()),
+        weight_bytes=size,
     )
 
 
@@ -240,7 +253,9 @@ def _notes(result: Result) -> Iterator[str]:
     yield f"time     {sum(result.seconds.values()):.0f} s: " + ", ".join(
         f"{name} {seconds:.1f}" for name, seconds in result.seconds.items()
     )
+    low, high = min(result.decode_ratios), max(result.decode_ratios)
+    yield f"speed    INT4 decodes {result.speedup:.2f}x as fast ({low:.2f} to {high:.2f} over the repeats)"
     if result.disturbed:
-        yield "note     other work slowed some repeats: trust the best figures, or run again"
+        yield "[bold yellow]note[/]     repeats disagree, other work is running here: do not quote these speeds"
     limit = f"perplexity within {result.max_loss:.0%} of float"
     yield f"[bold green]passed[/]   {limit}" if result.passed else f"[bold red]FAILED[/]   not {limit}"

@@ -47,9 +47,7 @@ def find_gguf() -> Path:
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
     if not files:
         what = "is not installed" if spec is None else f"has no .gguf file in {folders}"
-        raise Int4Error(
-            f"default model: the package {PACKAGE} {what}; run: {INSTALL_LINE}, or name a model directory"
-        )
+        raise Int4Error(f"default model: the package {PACKAGE} {what}; run: {INSTALL_LINE}, or name a model directory")
     return files[0]
 
 
@@ -99,9 +97,7 @@ def encode_prompt(tokenizer: Any, prompt: str) -> torch.Tensor:
     if not getattr(tokenizer, "chat_template", None):
         return tokenizer(prompt, return_tensors="pt")["input_ids"]
     messages = [{"role": "user", "content": prompt}]
-    encoded = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    )
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     return encoded["input_ids"]
 
 

@@ -51,7 +51,7 @@ class Comparison:
 
     Attributes:
         relative: ppl_b / ppl_a - 1.
-        stderr: standard error of `relative`, with windows as samples; NaN for a single window.
+        stderr: standard error of `relative`, with windows as samples: rough for a handful, NaN for one.
         agreement: share of positions with the same most likely token.
     """
 
@@ -118,9 +118,7 @@ def perplexity(
     tokens = _tokens(tokenizer_or_tokens, text)[:max_tokens]
     stride = window if stride is None else stride
     if window < 2 or not 1 <= stride <= window:
-        raise Int4Error(
-            f"perplexity: window={window}, stride={stride}; need 1 <= stride <= window, window >= 2"
-        )
+        raise Int4Error(f"perplexity: window={window}, stride={stride}; need 1 <= stride <= window, window >= 2")
     if tokens.numel() < 2:
         raise Int4Error(f"perplexity: {tokens.numel()} tokens; at least 2 are needed, give a longer text")
     ours, theirs, kl_sum = _Sums(), _Sums(), 0.0
@@ -152,9 +150,7 @@ def compare(a: Perplexity, b: Perplexity) -> Comparison:
         Int4Error: if the two were not measured on the same windows.
     """
     if a.window_tokens != b.window_tokens:
-        raise Int4Error(
-            "compare: the two were measured on different windows; use one text and one window size"
-        )
+        raise Int4Error("compare: the two were measured on different windows; use one text and one window size")
     weights = a.window_tokens
     total, n = sum(weights), len(weights)
     differences = [after - before for before, after in zip(a.window_nll, b.window_nll, strict=True)]

@@ -88,10 +88,23 @@ def time_generate(model: Any, input_ids: torch.Tensor, new_tokens: int) -> Timin
     )
 
 
-def measure(model: Any, input_ids: torch.Tensor, new_tokens: int, *, repeats: int = 3) -> list[Timing]:
-    """A short warm-up (first calls allocate and start threads), then `repeats` timings."""
-    time_generate(model, input_ids, min(new_tokens, 4))
-    return [time_generate(model, input_ids, new_tokens) for _ in range(repeats)]
+def alternate(
+    models: Sequence[Any], input_ids: torch.Tensor, new_tokens: int, *, repeats: int = 3
+) -> list[list[Timing]]:
+    """Timings of each model, taken in turns after a short warm-up (first calls allocate and start threads).
+
+    Other work on the machine then slows neighbouring repeats of all models, and `decode_ratios` stays fair where
+    a comparison of one model's minute with another model's minute would be off by any factor.
+    """
+    for model in models:
+        time_generate(model, input_ids, min(new_tokens, 4))
+    rounds = [[time_generate(model, input_ids, new_tokens) for model in models] for _ in range(repeats)]
+    return [list(timings) for timings in zip(*rounds, strict=True)]
+
+
+def decode_ratios(base: Sequence[Timing], other: Sequence[Timing]) -> list[float]:
+    """Decode speed of `other` over `base`, repeat by repeat."""
+    return [b.decode_tps / a.decode_tps for a, b in zip(base, other, strict=True)]
 
 
 def summarize(timings: Sequence[Timing]) -> Speed:

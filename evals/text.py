@@ -24,9 +24,7 @@ def builtin_text(characters: int = 16_000) -> str:
     """
     text = "\n".join(_paragraphs())
     if not 0 < characters <= len(text):
-        raise Int4Error(
-            f"built-in text: {characters} characters wanted, there are {len(text)}; use a text file"
-        )
+        raise Int4Error(f"built-in text: {characters} characters wanted, there are {len(text)}; use a text file")
     return text[:characters]
 
 

@@ -58,7 +58,7 @@ def test_inner_loops_keep_their_accumulators_in_registers(source: Path, tmp_path
     for name, body in functions(listing):
         for loop in inner_loops(body):
             products = sum(bool(PRODUCT.match(text)) for text in loop)
-            if products < 12 or any("vcvtdq2ps" in text for text in loop):
+            if products < 24 or any("vcvtdq2ps" in text for text in loop):
                 continue  # a short tail, or dequantization
             tiles += 1
             traffic = sum(bool(VECTOR_STACK.search(text)) for text in loop)

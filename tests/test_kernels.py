@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 
+import oracle
 import pytest
 import torch
 from torch import Tensor
 
-import oracle
 from torch_int4 import Int4Linear, Int4Weight, ops
 
 KINDS = ("symmetric", "integer", "float")

@@ -22,8 +22,7 @@ def build(folder: Path, *flags: str) -> Path:
     sources += sorted((csrc / "kernels").glob("*.cpp"))
     objects = [(source, folder / f"{source.stem}.o") for source in sources]
     jobs = [
-        subprocess.Popen([compiler, *FLAGS, *flags, "-c", str(source), "-o", str(target)])
-        for source, target in objects
+        subprocess.Popen([compiler, *FLAGS, *flags, "-c", str(source), "-o", str(target)]) for source, target in objects
     ]
     assert all(job.wait() == 0 for job in jobs)
     program = folder / "kernels_main"

@@ -6,11 +6,11 @@ import os
 import subprocess
 import sys
 
+import oracle
 import pytest
 import torch
 from torch import Tensor
 
-import oracle
 import torch_int4
 from torch_int4 import Int4Error, Int4Linear, ops
 from torch_int4.merge import merge_inputs
@@ -166,9 +166,7 @@ def test_info_names_the_kernels(isa: str) -> None:
 def run_python(code: str, isa: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "TORCH_INT4_ISA": isa}
     # Elsewhere, or Python would import the source folder instead of the installed package.
-    return subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd="/", capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, "-c", code], env=environment, cwd="/", capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("name", ops.isas())

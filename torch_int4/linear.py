@@ -130,6 +130,7 @@ class Int4Linear(nn.Linear):
         return sum(t.nbytes for t in tensors if t is not None)
 
     def extra_repr(self) -> str:
+        """What `print(model)` shows of this layer."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"{self.weight_type}, group_size={self.group_size}, compute={self.compute}"
@@ -183,9 +184,7 @@ class Int4Linear(nn.Linear):
         names = ("codes", "scales", "zeros", "offsets", "perm")
         found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
         rest = {key: value for key, value in state_dict.items() if key not in {prefix + name for name in names}}
-        super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         absent = [prefix + name for name in ("codes", "scales") if name not in found]
         if absent:
             missing_keys.extend(absent if strict else [])

@@ -7,57 +7,12 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 
-#include "avx512_vectors.h"
-#include "loops.h"
+#include "avx512_vnni_vectors.h"
 #include "loops_float.h"
 #include "loops_quantize.h"
 
 namespace torch_int4 {
 namespace {
-
-struct Avx512Vnni : Avx512Vectors {
-  static constexpr int kTileRows = 12, kDirectRows = 4, kFloatRows = 14;
-
-  // Int8 lines are what dpbusd reads: they stay where they are.
-  template <WeightType T>
-  static constexpr int unpacked_bytes() {
-    return T == WeightType::kInt4 ? kSlab * kPanelRows : 0;
-  }
-
-  template <Source S>
-  static TI4_INLINE __m512i load_codes(const uint8_t* w, int j) {
-    if constexpr (S == Source::kInt4Lines) {
-      const __m512i line = _mm512_loadu_si512(w + j / 2 * kLineBytes);
-      return _mm512_and_si512(j % 2 ? _mm512_srli_epi16(line, 4) : line, _mm512_set1_epi8(15));
-    } else {
-      return _mm512_loadu_si512(w + j * kLineBytes);
-    }
-  }
-
-  template <Source S, int M>
-  static TI4_INLINE void dot32(I (&dot)[M], const uint8_t* w, const int8_t* x) {
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) {
-      const __m512i codes = load_codes<S>(w, j);
-#pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
-        int32_t quad;
-        memcpy(&quad, x + m * kSlab + j * 4, 4);
-        dot[m] = _mm512_dpbusd_epi32(dot[m], codes, _mm512_set1_epi32(quad));
-      }
-    }
-  }
-
-  template <WeightType T>
-  static TI4_INLINE void unpack(const uint8_t* lines, uint8_t* target) {
-    const __m512i mask = _mm512_set1_epi8(15);
-    for (int i = 0; i < slab_bytes(T); i += kLineBytes, target += 2 * kLineBytes) {
-      const __m512i line = _mm512_loadu_si512(lines + i);
-      _mm512_store_si512(target, _mm512_and_si512(line, mask));
-      _mm512_store_si512(target + kLineBytes, _mm512_and_si512(_mm512_srli_epi16(line, 4), mask));
-    }
-  }
-};
 
 IsaKernels kernels = TI4_KERNELS("avx512_vnni", 40, Avx512Vnni);
 
