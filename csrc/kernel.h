@@ -3,6 +3,7 @@
 // Layout "P16" of a packed weight. A panel is 16 output rows. A line is 64 bytes, 4 per row:
 //   int4  one line holds 16 rows x 8 inputs: byte 4*row+j has input j in its low and input j+4 in its high nibble
 //   int8  one line holds 16 rows x 4 inputs: byte 4*row+j is input j, as an unsigned code (value + 128)
+//   book  laid out as int4; a code is an index into 16 values, which are int8 codes times a step (see Codebook)
 // Lines of a panel are contiguous and padded with zero codes to a multiple of 32 inputs; rows are padded to 16.
 // Scales and offsets have their own streams, [panel][group][16].
 //
@@ -23,23 +24,33 @@ constexpr int kSlab = 32;       // inputs that kernels step by; K is padded to i
 constexpr int kMaxBlock = 128;  // inputs that share one activation scale, at most
 
 enum class DType : int { kF32, kBF16, kF16 };
-enum class WeightType : int { kInt4, kInt8 };
+enum class WeightType : int { kInt4, kInt8, kBook };
+enum class ScaleType : int { kF16, kF32, kE8M0 };          // E8M0: a power of two, 2^(byte - 127)
 enum class Offset : int { kSymmetric, kInteger, kFloat };  // zero = 2^(bits-1); uint8 zeros; w = q*scale + offset
+
+// 16 values, in float and as step * (code - 128). `planes` are the codes for byte shuffles: their low nibbles, their
+// high nibbles, and whole.
+struct Codebook {
+  float values[16];
+  float step;
+  alignas(16) uint8_t planes[3][16];
+};
 
 struct PackedWeight {
   const uint8_t* codes;  // [panels][lines][64]
-  const void* scales;    // [panels][groups][16], fp16 or fp32
-  const void* offsets;   // [panels][groups][16], uint8 or the scales' type, or null
+  const void* scales;    // [panels][groups][16] of scale_type
+  const void* offsets;   // [panels][groups][16], uint8 or the scales' type (a float), or null
   int64_t out_features, in_features;
   int64_t padded_inputs;  // in_features rounded up to kSlab
   int64_t group, groups;  // inputs per group (a multiple of kSlab), number of groups
   int64_t block, blocks;  // inputs per activation block, number of blocks
-  bool scales_f32;
+  ScaleType scale_type;
   WeightType type;
   Offset offset;
+  const Codebook* book;  // of kBook, else null
 
   int64_t panels() const { return (out_features + kPanelRows - 1) / kPanelRows; }
-  int64_t panel_bytes() const { return padded_inputs * kPanelRows / (type == WeightType::kInt4 ? 2 : 1); }
+  int64_t panel_bytes() const { return padded_inputs * kPanelRows / (type == WeightType::kInt8 ? 1 : 2); }
   int64_t blocks_per_group() const { return (group + block - 1) / block; }
 };
 
@@ -79,7 +90,7 @@ struct IsaKernels {
   // Quantizes one row of `count` floats (a multiple of kSlab) into row `row` of `rows`; terms = 2 also writes the
   // residual, as a second int8 row with a 254 times finer scale, to row + 1.
   void (*quantize)(const float* x, int64_t count, int64_t block, const QuantizedRows& rows, int64_t row, int terms);
-  // Panels [first, last) of the product. `streams`: how many panels, far apart, a small-M kernel reads at once.
+  // Panels [first, last) of the product. `streams` > 1: small M reads several panels, far apart, at once.
   void (*linear_int8)(const PackedWeight&, const QuantizedRows&, int64_t first, int64_t last, int streams,
                       const Output&);
   // The same on float rows; bf16 rounds the dequantized weights to bfloat16 (the rows are rounded by the caller).

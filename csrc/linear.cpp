@@ -43,7 +43,15 @@ class Buffer {
 constexpr size_t kKeptBytes = size_t(32) << 20;
 constexpr int64_t kParallelElements = 1 << 15;  // preparing fewer elements of x than this is not worth a fork-join
 constexpr int64_t kThreadBytes = 1 << 15;       // weight bytes times rows that are worth a thread
-constexpr int kStreams = 4;
+
+// Several read streams per thread help where prefetchers follow each of them; TORCH_INT4_STREAMS=1 turns them off.
+int streams() {
+  static const int value = [] {
+    const char* text = getenv("TORCH_INT4_STREAMS");
+    return text ? atoi(text) : 4;
+  }();
+  return value;
+}
 
 float round_to_bfloat16(float x) {
   uint32_t bits;
@@ -116,7 +124,7 @@ void run_panels(void* context, int64_t begin, int64_t end) {
     if (first >= last) continue;
     Output out = job.outputs[i];
     out.terms = job.terms();
-    if (job.integer()) job.kernels.linear_int8(w, job.quantized, first, last, kStreams, out);
+    if (job.integer()) job.kernels.linear_int8(w, job.quantized, first, last, streams(), out);
     else job.kernels.linear_float(w, job.floats, first, last, job.compute == Compute::kBf16, out);
   }
 }

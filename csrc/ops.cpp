@@ -1,5 +1,6 @@
 // Schemas of torch.ops.torch_int4 and every check of their arguments. LibTorch stable ABI only.
 #include <Python.h>
+#include <string.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,8 +11,10 @@
 #include <tuple>
 #include <vector>
 
+#include "codebooks.h"
 #include "dispatch.h"
 #include "linear.h"
+#include "memory.h"
 #include "pack.h"
 
 namespace torch_int4 {
@@ -42,8 +45,18 @@ DType float_type(ScalarType type, const char* what) {
 
 WeightType weight_type(const std::string& name) {
   if (name == "int4") return WeightType::kInt4;
-  STD_TORCH_CHECK(name == "int8", "torch_int4: weight_type must be 'int4' or 'int8', not '", name, "'");
-  return WeightType::kInt8;
+  if (name == "int8") return WeightType::kInt8;
+  STD_TORCH_CHECK(find_codebook(name.c_str()), "torch_int4: weight_type must be 'int4', 'int8', 'nf4' or 'fp4', not '",
+                  name, "'");
+  return WeightType::kBook;
+}
+
+ScaleType scale_type(const Tensor& scales) {
+  if (scales.scalar_type() == ScalarType::Float) return ScaleType::kF32;
+  if (scales.scalar_type() == ScalarType::Byte) return ScaleType::kE8M0;
+  STD_TORCH_CHECK(scales.scalar_type() == ScalarType::Half,
+                  "torch_int4: scales must be float16, float32 or uint8 (powers of two, E8M0)");
+  return ScaleType::kF16;
 }
 
 Compute compute_type(const std::string& name) {
@@ -54,8 +67,15 @@ Compute compute_type(const std::string& name) {
   return Compute::kFp32;
 }
 
+// Zero points suit integer codes, float offsets scales that are floats; values of a code book stand as they are.
+void check_offset(const PackedWeight& w) {
+  STD_TORCH_CHECK(!w.book || w.offset == Offset::kSymmetric, "torch_int4: a weight with a code book has no offsets");
+  STD_TORCH_CHECK(w.scale_type != ScaleType::kE8M0 || w.offset != Offset::kFloat,
+                  "torch_int4: float offsets need float scales");
+}
+
 // The shape of a weight, without its data. A short K makes the group shorter; -1 is one group per row.
-PackedWeight make_shape(int64_t out_features, int64_t in_features, int64_t group_size, WeightType type) {
+PackedWeight make_shape(int64_t out_features, int64_t in_features, int64_t group_size, const std::string& type) {
   const bool valid = group_size == -1 || (group_size > 0 && group_size <= kMaxGroup && group_size % kSlab == 0 &&
                                           (group_size <= kMaxBlock || group_size % kMaxBlock == 0));
   STD_TORCH_CHECK(valid, "torch_int4: group_size must be a multiple of 32 up to 128, a multiple of 128 up to 1024, ",
@@ -64,7 +84,8 @@ PackedWeight make_shape(int64_t out_features, int64_t in_features, int64_t group
   PackedWeight w{};
   w.out_features = out_features;
   w.in_features = in_features;
-  w.type = type;
+  w.type = weight_type(type);
+  w.book = find_codebook(type.c_str());
   w.padded_inputs = (in_features + kSlab - 1) / kSlab * kSlab;
   w.group = group_size == -1 || group_size > w.padded_inputs ? w.padded_inputs : group_size;
   w.groups = (w.padded_inputs + w.group - 1) / w.group;
@@ -90,11 +111,11 @@ void check_tensor(const Tensor& t, const char* name, ScalarType type, const char
 // A packed weight over three tensors whose shapes and types were checked against each other.
 PackedWeight view_weight(const Tensor& weight, const Tensor& scales, const OptionalTensor& offsets,
                          int64_t out_features, int64_t in_features, int64_t group_size, const std::string& type) {
-  PackedWeight w = make_shape(out_features, in_features, group_size, weight_type(type));
+  PackedWeight w = make_shape(out_features, in_features, group_size, type);
   check_tensor(weight, "weight", ScalarType::Byte, "uint8", {w.panels(), w.panel_bytes() / kLineBytes, kLineBytes});
-  w.scales_f32 = scales.scalar_type() == ScalarType::Float;
+  w.scale_type = scale_type(scales);
   const std::vector<int64_t> parameters{w.panels(), w.groups, kPanelRows};
-  check_tensor(scales, "scales", w.scales_f32 ? ScalarType::Float : ScalarType::Half, "float16 or float32", parameters);
+  check_tensor(scales, "scales", scales.scalar_type(), "float16, float32 or uint8", parameters);
   w.offset = Offset::kSymmetric;
   if (offsets) {
     const bool integer = offsets->scalar_type() == ScalarType::Byte;
@@ -103,6 +124,7 @@ PackedWeight view_weight(const Tensor& weight, const Tensor& scales, const Optio
                  "uint8 or of the type of the scales", parameters);
     w.offsets = offsets->const_data_ptr();
   }
+  check_offset(w);
   w.codes = static_cast<const uint8_t*>(weight.const_data_ptr());
   w.scales = scales.const_data_ptr();
   return w;
@@ -124,35 +146,38 @@ Packed pack(const Tensor& codes, const Tensor& scales, const OptionalTensor& zer
             int64_t group_size, std::string type) {
   STD_TORCH_CHECK(codes.dim() == 2, "torch_int4: codes must be [out_features, in_features]");
   STD_TORCH_CHECK(!(zeros && offsets), "torch_int4: give zeros or offsets, not both");
-  PackedWeight shape = make_shape(codes.size(0), codes.size(1), group_size, weight_type(type));
+  PackedWeight shape = make_shape(codes.size(0), codes.size(1), group_size, type);
   check_tensor(codes, "codes", ScalarType::Byte, "uint8", {shape.out_features, shape.in_features});
   const std::vector<int64_t> per_group{shape.out_features, shape.groups};
-  const bool f32 = scales.scalar_type() == ScalarType::Float;
-  const ScalarType parameter = f32 ? ScalarType::Float : ScalarType::Half;
-  check_tensor(scales, "scales", parameter, "float16 or float32", per_group);
+  shape.scale_type = scale_type(scales);
+  shape.offset = zeros ? Offset::kInteger : offsets ? Offset::kFloat : Offset::kSymmetric;
+  check_offset(shape);
+  check_tensor(scales, "scales", scales.scalar_type(), "float16, float32 or uint8", per_group);
   if (zeros) check_tensor(*zeros, "zeros", ScalarType::Byte, "uint8", per_group);
-  if (offsets) check_tensor(*offsets, "offsets", parameter, "of the type of the scales", per_group);
+  if (offsets) check_tensor(*offsets, "offsets", scales.scalar_type(), "of the type of the scales", per_group);
   const auto* data = static_cast<const uint8_t*>(codes.const_data_ptr());
-  if (shape.type == WeightType::kInt4) {
+  if (shape.type != WeightType::kInt8) {
     uint8_t seen = 0;
     for (int64_t i = 0; i < shape.out_features * shape.in_features; ++i) seen |= data[i];
-    STD_TORCH_CHECK(seen < 16, "torch_int4: codes of an int4 weight must be from 0 to 15");
+    STD_TORCH_CHECK(seen < 16, "torch_int4: codes of a 4-bit weight must be from 0 to 15");
   }
 
   Tensor weight = torch::stable::new_empty(codes, {shape.panels(), shape.panel_bytes() / kLineBytes, kLineBytes});
   auto* packed = static_cast<uint8_t*>(weight.mutable_data_ptr());
-  torch::stable::parallel_for(0, shape.panels(), 4,
+  advise_huge_pages(packed, size_t(shape.panels() * shape.panel_bytes()));
+  // The same split over threads as in linear(): each page is first touched by the thread that will read it.
+  torch::stable::parallel_for(0, shape.panels(), 1,
                               [&](int64_t begin, int64_t end) { pack_codes(data, shape, begin, end, packed); });
   const std::vector<int64_t> streams{shape.panels(), shape.groups, kPanelRows};
-  const auto pack_stream = [&](const Tensor& values, int bytes) {
+  const auto pack_stream = [&](const Tensor& values) {
     Tensor stream = torch::stable::new_empty(values, streams);
-    pack_parameters(values.const_data_ptr(), bytes, shape, stream.mutable_data_ptr());
+    pack_parameters(values.const_data_ptr(), int(values.element_size()), shape, stream.mutable_data_ptr());
     return stream;
   };
-  Tensor packed_offsets = zeros     ? pack_stream(*zeros, 1)
-                          : offsets ? pack_stream(*offsets, f32 ? 4 : 2)
+  Tensor packed_offsets = zeros     ? pack_stream(*zeros)
+                          : offsets ? pack_stream(*offsets)
                                     : torch::stable::new_empty(scales, {0});
-  return {weight, pack_stream(scales, f32 ? 4 : 2), packed_offsets};
+  return {weight, pack_stream(scales), packed_offsets};
 }
 
 Packed unpack(const Tensor& weight, const Tensor& scales, const OptionalTensor& offsets, int64_t out_features,
@@ -248,6 +273,14 @@ std::vector<Tensor> int4_linears(const Tensor& x, std::vector<Tensor> weights, s
   return apply(x, views, biases, perm, compute, out_dtype);
 }
 
+Tensor codebook(std::string name) {
+  const Codebook* book = find_codebook(name.c_str());
+  STD_TORCH_CHECK(book, "torch_int4: there is no code book '", name, "'");
+  Tensor values = torch::stable::empty({16}, ScalarType::Float);
+  memcpy(values.mutable_data_ptr(), book->values, sizeof book->values);
+  return values;
+}
+
 std::string isa() { return active_kernels().name; }
 
 void set_isa(std::string name) { select_kernels(name); }
@@ -276,6 +309,7 @@ STABLE_TORCH_LIBRARY(torch_int4, m) {
       "int4_linears(Tensor x, Tensor[] weights, Tensor[] scales, Tensor?[] offsets, Tensor?[] biases, "
       "Tensor? perm=None, *, int[] out_features, int group_size, str weight_type=\"int4\", str compute=\"int8\", "
       "ScalarType? out_dtype=None) -> Tensor[]");
+  m.def("codebook(str name) -> Tensor");
   m.def("isa() -> str");
   m.def("set_isa(str name) -> ()");
   m.def("isas(bool only_supported) -> str");
@@ -290,6 +324,7 @@ STABLE_TORCH_LIBRARY_IMPL(torch_int4, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torch_int4, CompositeExplicitAutograd, m) {
+  m.impl("codebook", TORCH_BOX(&codebook));
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("set_isa", TORCH_BOX(&set_isa));
   m.impl("isas", TORCH_BOX(&isas));

@@ -19,7 +19,7 @@ Place place(WeightType type, int row, int64_t k) {
   return {k / 8 * kLineBytes + row * 4 + k % 4, k % 8 < 4 ? 0 : 4};
 }
 
-int code_mask(WeightType type) { return type == WeightType::kInt4 ? 15 : 255; }
+int code_mask(WeightType type) { return type == WeightType::kInt8 ? 255 : 15; }
 
 // Copies elements between [out_features][groups] and [panels][groups][16].
 template <class Move>
@@ -68,7 +68,6 @@ void unpack_parameters(const void* packed, int bytes, const PackedWeight& shape,
 }
 
 void dequantize(const PackedWeight& w, int64_t first, int64_t last, const int64_t* perm, DType dtype, void* target) {
-  const DType parameter = w.scales_f32 ? DType::kF32 : DType::kF16;
   for (int64_t n = first * kPanelRows; n < smaller(last * kPanelRows, w.out_features); ++n) {
     const uint8_t* panel = w.codes + n / kPanelRows * w.panel_bytes();
     for (int64_t k = 0; k < w.in_features; ++k) {
@@ -79,8 +78,9 @@ void dequantize(const PackedWeight& w, int64_t first, int64_t last, const int64_
       float offset = 0.f;
       if (w.offset == Offset::kSymmetric) zero = zero_point(w.type);
       if (w.offset == Offset::kInteger) zero = static_cast<const uint8_t*>(w.offsets)[i];
-      if (w.offset == Offset::kFloat) offset = load_element(w.offsets, parameter, i);
-      const float value = fmaf(float(code - zero), load_element(w.scales, parameter, i), offset);
+      if (w.offset == Offset::kFloat) offset = load_parameter(w.offsets, w.scale_type, i);
+      const float step = w.book ? w.book->values[code] : float(code - zero);
+      const float value = fmaf(step, load_parameter(w.scales, w.scale_type, i), offset);
       store_element(target, dtype, n * w.in_features + (perm ? perm[k] : k), value);
     }
   }

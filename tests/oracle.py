@@ -17,6 +17,7 @@ def random_weight(
     bits: int = 4,
     scale_dtype: torch.dtype = torch.float16,
     zero: int | None = None,
+    codebook: str | None = None,
     seed: int = 0,
 ) -> Int4Weight:
     """A valid random weight; kind is symmetric, integer or float."""
@@ -31,7 +32,7 @@ def random_weight(
             zeros.fill_(zero)
     if kind == "float":
         offsets = (torch.randn(rows, groups, generator=g) * 0.1).to(scale_dtype)
-    return Int4Weight(codes, scales, zeros, offsets, None, group_size, bits).validate()
+    return Int4Weight(codes, scales, zeros, offsets, None, group_size, bits, codebook).validate()
 
 
 def block_size(inputs: int, group_size: int) -> int:

@@ -188,3 +188,39 @@ def test_every_kernel_set_gives_the_bits_of_the_reference(kind: str) -> None:
             ops.set_isa(name)
             assert torch.equal(run(x, weight, compute), expected), (name, compute)
     ops.set_isa("")
+
+
+# The published tables. NF4: QLoRA, appendix E. E2M1: OCP Microscaling formats, table 5.
+NF4 = [-1, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0,
+       0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1]  # fmt: skip
+E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]
+
+
+@pytest.mark.parametrize(("codebook", "values"), [("nf4", NF4), ("fp4", E2M1)])
+@pytest.mark.parametrize("compute", ["int8", "int8x2", "fp32"])
+def test_code_books(isa: str, codebook: str, values: list[float], compute: str) -> None:
+    for rows, n, k, group_size in ((1, 33, 100, 32), (2, 16, 300, 128), (9, 40, 64, -1)):
+        weight = oracle.random_weight(n, k, group_size, codebook=codebook)
+        index = torch.arange(k) * 0 if group_size == -1 else torch.arange(k) // group_size
+        dense = weight.scales.double()[:, index] * torch.tensor(values).double()[weight.codes.long()]
+        torch.testing.assert_close(weight.dequantize().double(), dense, rtol=1e-6, atol=1e-9)
+        linear = Int4Linear.from_weight(weight, compute=compute)
+        torch.testing.assert_close(linear.dequantize().double(), dense, rtol=1e-6, atol=1e-9)
+        x = torch.randn(rows, k, generator=torch.Generator().manual_seed(rows))
+        bound = {"int8": 1.5e-2, "int8x2": 8e-3 if codebook == "nf4" else 2e-4, "fp32": 1e-6}[compute]
+        assert oracle.scaled_error(linear(x), x.double() @ dense.T) < bound, (rows, n, k)
+        assert torch.equal(linear.to_weight().codes, weight.codes)
+
+
+def test_shared_exponents(isa: str) -> None:
+    """MXFP4: E2M1 codes with a power of two per 32 inputs."""
+    g = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (20, 96), dtype=torch.uint8, generator=g)
+    exponents = torch.randint(100, 140, (20, 3), dtype=torch.uint8, generator=g)
+    weight = Int4Weight(codes, exponents, group_size=32, codebook="fp4").validate()
+    dense = torch.tensor(E2M1).double()[codes.long()] * 2.0 ** (exponents.double() - 127).repeat_interleave(32, 1)
+    assert torch.equal(weight.dequantize().double(), dense)
+    x = torch.randn(3, 96, generator=g)
+    assert oracle.scaled_error(run(x, weight, "fp32"), x.double() @ dense.T) < 1e-6
+    assert oracle.scaled_error(run(x, weight), x.double() @ dense.T) < 2e-2
+    assert Int4Linear.from_weight(weight).nbytes == 32 * 96 // 2 + 32 * 3

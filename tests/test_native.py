@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -18,7 +21,10 @@ def build(folder: Path, *flags: str) -> Path:
     if compiler is None:
         pytest.skip("no C++ compiler")
     csrc = ROOT / "csrc"
-    sources = [ROOT / "tests/native/kernels_main.cpp", *(csrc / f"{n}.cpp" for n in ("dispatch", "linear", "pack"))]
+    sources = [
+        ROOT / "tests/native/kernels_main.cpp",
+        *(csrc / f"{n}.cpp" for n in ("codebooks", "dispatch", "linear", "pack")),
+    ]
     sources += sorted((csrc / "kernels").glob("*.cpp"))
     objects = [(source, folder / f"{source.stem}.o") for source in sources]
     jobs = [
@@ -31,7 +37,7 @@ def build(folder: Path, *flags: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    "flags", [("-O2",), ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")], ids=["guard", "asan"]
+    "flags", [("-O1",), ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")], ids=["guard", "asan"]
 )
 def test_guard_pages_and_reference(tmp_path: Path, flags: tuple[str, ...]) -> None:
     program = build(tmp_path, *flags)
@@ -39,3 +45,77 @@ def test_guard_pages_and_reference(tmp_path: Path, flags: tuple[str, ...]) -> No
     result = subprocess.run([str(program), *small], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert " 0 failed" in result.stdout
+
+
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+
+def emulation() -> list[str]:
+    """Flags that compile the kernels of every instruction set for an AVX2 processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists() or " avx2 " not in cpuinfo.read_text():
+        pytest.skip("the emulation of instruction sets needs a processor with AVX2")
+    try:
+        simde = importlib.metadata.distribution("cmeel-simde").locate_file("cmeel.prefix/include")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the emulation of instruction sets needs SIMDe: pip install cmeel-simde==0.8.2")
+    own = ROOT / "tests/native"
+    return ["-DTORCH_INT4_EMULATE", "-mavx2", "-mfma", "-mf16c", f"-I{own}", f"-isystem{simde}"]
+
+
+# gcc takes minutes over the unrolled tiles at -O1: unoptimised, they compile and run in seconds.
+@pytest.mark.parametrize("flags", [("-Os",), ("-O0", *SANITIZE)], ids=["guard", "asan"])
+def test_every_kernel_set_on_emulated_instructions(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    program = build(tmp_path, *flags, *emulation())
+    extent = "--tiny" if len(flags) > 1 else "--small"
+    result = subprocess.run([str(program), extent, "--expect", "amx"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " 0 failed" in result.stdout
+    ran = set(result.stdout.splitlines()[0].partition("run here: ")[2].split())
+    assert ran == {path.stem for path in (ROOT / "csrc/kernels").glob("*.cpp")}
+    assert ran >= {"amx", "avx512_vnni", "avx512", "avx_vnni", "avx2"}
+
+
+def test_emulated_tiles_multiply_and_fault_as_the_processor_does(tmp_path: Path) -> None:
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    program = str(tmp_path / "amx_main")
+    source = ROOT / "tests/native/amx_main.cpp"
+    subprocess.run([compiler, *FLAGS, "-O1", *SANITIZE, f"-I{source.parent}", str(source), "-o", program], check=True)
+    subprocess.run([program], check=True)
+    rules = subprocess.run([program, "--rules"], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert "configured" in rules
+    for rule in rules:
+        broken = subprocess.run([program, rule], capture_output=True, text=True)
+        assert broken.returncode == -signal.SIGABRT, f"{rule}: the program went on"
+        assert broken.stderr.startswith("AMX emulation: "), f"{rule}: {broken.stderr}"
+    unconfigured = subprocess.run([program, "configured"], capture_output=True, text=True)
+    assert "no tile configuration is loaded" in unconfigured.stderr
+
+
+# Processors and the kernel set that each must choose.
+EMULATED = {
+    "haswell": "avx2",
+    "skylake_x": "avx512",
+    "tigerlake": "avx512_vnni",
+    "arrow_lake": "avx_vnni",
+    "sapphire_rapids": "amx",
+}
+
+
+def test_dispatch_and_kernels_of_processors_this_machine_is_not(tmp_path: Path) -> None:
+    """The real machine code on emulated processors: dispatch on each, all kernel sets on the one that has them all.
+
+    TORCH_INT4_EMULATOR is a program `EMULATOR MODEL PROGRAM ARGUMENTS...` that runs a static program on that processor.
+    """
+    emulator = os.environ.get("TORCH_INT4_EMULATOR")
+    if not emulator:
+        pytest.skip("TORCH_INT4_EMULATOR names no processor emulator")
+    program = build(tmp_path, "-O2", "-static")
+    for model, expected in EMULATED.items():
+        extent = "--tiny" if model == "sapphire_rapids" else "--dispatch"
+        command = [emulator, model, str(program), extent, "--expect", expected]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, f"{model}: {result.stdout}{result.stderr}"
+        assert f"kernels chosen: {expected};" in result.stdout

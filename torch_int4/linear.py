@@ -37,7 +37,8 @@ class Int4Linear(nn.Linear):
             raise Int4Error(f"compute must be one of {', '.join(COMPUTE)}, not {compute!r}")
         nn.Module.__init__(self)  # not nn.Linear's: it would allocate a dense weight
         self.out_features, self.in_features = weight.codes.shape
-        self.group_size, self.weight_type, self.compute = weight.group_size, f"int{weight.bits}", compute
+        self.group_size, self.compute = weight.group_size, compute
+        self.weight_type = weight.codebook or f"int{weight.bits}"
         self.compute_dtype = torch.float32 if bias is None else bias.dtype  # what PEFT gives its adapters
         self._shared: SharedInput | None = None
         self.register_parameter("weight", None)
@@ -107,6 +108,7 @@ class Int4Linear(nn.Linear):
             perm=self.perm,
             group_size=self.group_size,
             bits=8 if self.weight_type == "int8" else 4,
+            codebook=self._codebook,
         )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -135,6 +137,10 @@ class Int4Linear(nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"{self.weight_type}, group_size={self.group_size}, compute={self.compute}"
         )
+
+    @property
+    def _codebook(self) -> str | None:
+        return None if self.weight_type in ("int4", "int8") else self.weight_type
 
     def _pack(self, weight: Int4Weight) -> None:
         scales, offsets = weight.scales, weight.offsets
@@ -191,10 +197,10 @@ class Int4Linear(nn.Linear):
             return
         try:
             codes = found.pop("codes")
-            if self.weight_type == "int4":
+            if self.weight_type != "int8":
                 codes = _split_codes(codes, self.in_features)
             bits = 8 if self.weight_type == "int8" else 4
-            weight = Int4Weight(codes=codes, group_size=self.group_size, bits=bits, **found)
+            weight = Int4Weight(codes=codes, group_size=self.group_size, bits=bits, codebook=self._codebook, **found)
             weight.validate(prefix + "codes")
             if codes.shape != (self.out_features, self.in_features):
                 raise Int4Error(f"{prefix}codes has shape {tuple(codes.shape)}")

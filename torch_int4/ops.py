@@ -1,7 +1,8 @@
 """The operators `torch.ops.torch_int4.*`: shapes for `torch.compile` and `export`, gradients, and kernel choice.
 
-Packed weights are three tensors (see csrc/kernel.h): `weight` uint8 `[panels, lines, 64]`, `scales` float16 or
-float32 `[panels, groups, 16]`, and `offsets` (uint8 zero points, or floats of the scales' type) or None.
+Packed weights are three tensors (see csrc/kernel.h): `weight` uint8 `[panels, lines, 64]`, `scales` float16, float32 or
+uint8 (powers of two, E8M0) `[panels, groups, 16]`, and `offsets` (uint8 zero points, or floats of the scales' type) or
+None. `weight_type` is "int4", "int8", or the name of a code book, "nf4" or "fp4".
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from torch_int4.errors import Int4Error
 
 PANEL_ROWS = 16
 SLAB = 32
-_BITS = {"int4": 4, "int8": 8}
 
 
 def isa() -> str:
-    """Name of the kernel set in use."""
-    return str(torch.ops.torch_int4.isa())
+    """Name of the kernel set in use. Raises `Int4Error` when `TORCH_INT4_ISA` names one that cannot run here."""
+    try:
+        return str(torch.ops.torch_int4.isa())
+    except RuntimeError as error:
+        raise Int4Error(_last_line(error)) from None
 
 
 def isas(*, only_supported: bool = True) -> list[str]:
@@ -34,7 +37,12 @@ def set_isa(name: str) -> None:
     try:
         torch.ops.torch_int4.set_isa(name)
     except RuntimeError as error:
-        raise Int4Error(str(error)) from None
+        raise Int4Error(_last_line(error)) from None
+
+
+def _last_line(error: RuntimeError) -> str:
+    """What the operator said, without the place in the sources that LibTorch puts in front."""
+    return str(error).strip().splitlines()[-1]
 
 
 def _padded(in_features: int) -> int:
@@ -58,7 +66,7 @@ def _pack(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, inputs = codes.shape
     panels = -(-rows // PANEL_ROWS)
-    lines = _padded(inputs) * PANEL_ROWS * _BITS[weight_type] // 8 // 64
+    lines = _padded(inputs) * PANEL_ROWS // (64 if weight_type == "int8" else 128)
     streams = (panels, _groups(inputs, group_size), PANEL_ROWS)
     given = zeros if zeros is not None else offsets
     packed_offsets = scales.new_empty(0) if given is None else given.new_empty(streams)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .errors import Int4Error
 
-SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
+CODEBOOKS = ("nf4", "fp4")
 
 
 def group_spans(inputs: int, group_size: int) -> Iterator[tuple[slice, slice, int]]:
@@ -37,13 +38,16 @@ class Int4Weight:
 
     Attributes:
         codes: uint8 `[N, K]`; 0..15, or 0..255 when `bits == 8`.
-        scales: fp32, fp16 or bf16 `[N, G]`; a scale may be negative or zero.
+        scales: fp32, fp16 or bf16 `[N, G]`; a scale may be negative or zero. Or uint8: 2^(scale - 127), the shared
+            exponents (E8M0) of MXFP4, which is the code book "fp4" with such scales and groups of 32.
         zeros: uint8 `[N, G]` integer zero points, or None.
         offsets: `[N, G]` in the scales' dtype, the weight of code 0, or None.
             With neither, the weight is symmetric: the zero point is 8, or 128 when `bits == 8`.
         perm: int64 `[K]` or None. Column k of the codes belongs to column `perm[k]` of the input.
         group_size: inputs per group along the columns of the codes, or -1 for one group per row.
         bits: 4 or 8.
+        codebook: None, or the name of 16 values that 4-bit codes point to: "nf4" (QLoRA, arXiv 2305.14314) or "fp4"
+            (E2M1 of the OCP Microscaling formats). Then w = scales * value[codes], without zeros or offsets.
     """
 
     codes: Tensor
@@ -53,6 +57,7 @@ class Int4Weight:
     perm: Tensor | None = None
     group_size: int = 32
     bits: int = 4
+    codebook: str | None = None
 
     @property
     def out_features(self) -> int:
@@ -92,8 +97,10 @@ class Int4Weight:
         out = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
         for columns, groups, size in group_spans(self.in_features, self.group_size):
             codes = self.codes[:, columns].unflatten(1, (-1, size))
-            scales = self.scales[:, groups, None].float()
-            if self.offsets is not None:
+            scales = self._float_scales()[:, groups, None]
+            if self.codebook is not None:
+                values = torch.ops.torch_int4.codebook(self.codebook)[codes.long()].mul_(scales)
+            elif self.offsets is not None:
                 values = (scales * codes).add_(self.offsets[:, groups, None].float())
             else:
                 zeros = 1 << (self.bits - 1) if self.zeros is None else self.zeros[:, groups, None].float()
@@ -104,6 +111,12 @@ class Int4Weight:
         ordered = torch.empty_like(out)
         ordered[:, self.perm] = out
         return ordered
+
+    def _float_scales(self) -> Tensor:
+        if self.scales.dtype != torch.uint8:
+            return self.scales.float()
+        exponents = self.scales.int()
+        return torch.where(exponents == 0, 0x00400000, exponents << 23).view(torch.float32)
 
     def _check_codes(self, name: str) -> None:
         if self.bits not in (4, 8):
@@ -119,13 +132,22 @@ class Int4Weight:
 
     def _check_scales(self, name: str) -> None:
         _check(name, "scales", self.scales, SCALE_DTYPES, (self.out_features, self.groups), self.codes.device)
-        if not bool(torch.isfinite(self.scales).all()):
+        finite = (self.scales != 255) if self.scales.dtype == torch.uint8 else torch.isfinite(self.scales)
+        if not bool(finite.all()):
             raise Int4Error(f"{name}: scales hold NaN or infinity")
+        if self.codebook is not None and (self.codebook not in CODEBOOKS or self.bits != 4):
+            raise Int4Error(
+                f"{name}: codebook must be one of {', '.join(CODEBOOKS)}, with 4 bits; got {self.codebook!r}"
+            )
 
     def _check_offsets(self, name: str) -> None:
         shape = (self.out_features, self.groups)
         if self.zeros is not None and self.offsets is not None:
             raise Int4Error(f"{name}: has both zeros and offsets; give one of them, or neither when symmetric")
+        if self.codebook is not None and (self.zeros is not None or self.offsets is not None):
+            raise Int4Error(f"{name}: a weight with a codebook has neither zeros nor offsets")
+        if self.offsets is not None and self.scales.dtype == torch.uint8:
+            raise Int4Error(f"{name}: offsets need scales that are floats, and these are exponents (uint8)")
         if self.zeros is not None:
             _check(name, "zeros", self.zeros, (torch.uint8,), shape, self.codes.device)
             if self.bits == 4 and int(self.zeros.max()) > 15:

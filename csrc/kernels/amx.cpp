@@ -1,13 +1,13 @@
 // AMX: 16 rows of x times 16 output rows per tile instruction. Unpacked lines are rows of the B tile as they are.
 // Tiles of 32 inputs serve every group size; the int32 sums of a block leave the tile and are scaled by AVX-512, in the
 // order of all other kernels, so that int8 results are the same bits. Up to 4 rows run on VNNI, where tiles idle.
-#include <immintrin.h>
 
 #include "../kernel.h"
 #include "scalar.h"
+#include "simd.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,amx-tile,amx-int8,amx-bf16")
+TI4_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,amx-tile,amx-int8,amx-bf16")
 
 #include "avx512_vnni_vectors.h"
 #include "loops_float.h"
@@ -97,9 +97,9 @@ struct AmxInt8 {
         const uint8_t* codes = w.codes + panel * w.panel_bytes();
         for (int64_t b = 0; b < w.blocks; ++b) {
           const int64_t slabs = smaller(w.block, w.padded_inputs - b * w.block) / kSlab;
-          const uint8_t* weights = T == WeightType::kInt4 ? unpacked : codes;
+          const uint8_t* weights = T == WeightType::kInt8 ? codes : unpacked;
           for (int64_t s = 0; s < slabs; ++s, codes += slab_bytes(T)) {
-            if constexpr (T == WeightType::kInt4) V::unpack<T>(codes, unpacked + s * kSlab * kPanelRows);
+            if constexpr (T != WeightType::kInt8) V::unpack<T>(codes, unpacked + s * kSlab * kPanelRows, w.book);
           }
           const auto group = Loops::load_group(w, panel, b / w.blocks_per_group());
           const int8_t* x = a.codes + (b * w.block / kSlab * a.rows + row) * kSlab;
@@ -131,8 +131,9 @@ void amx_int8_typed(const PackedWeight& w, const QuantizedRows& a, int64_t first
 
 void amx_int8(const PackedWeight& w, const QuantizedRows& a, int64_t first, int64_t last, int streams,
               const Output& out) {
-  if (w.type == WeightType::kInt4) amx_int8_typed<WeightType::kInt4>(w, a, first, last, streams, out);
-  else amx_int8_typed<WeightType::kInt8>(w, a, first, last, streams, out);
+  if (w.type == WeightType::kInt4) return amx_int8_typed<WeightType::kInt4>(w, a, first, last, streams, out);
+  if (w.type == WeightType::kInt8) return amx_int8_typed<WeightType::kInt8>(w, a, first, last, streams, out);
+  AmxInt8<WeightType::kBook, Offset::kSymmetric>::run(w, a, first, last, streams, out);
 }
 
 // 32 inputs x 16 rows of floats to the B tile of bfloat16 products: pairs of inputs, 16 rows each.
@@ -213,7 +214,8 @@ void amx_bf16_typed(const PackedWeight& w, const FloatRows& a, int64_t first, in
 void amx_float(const PackedWeight& w, const FloatRows& a, int64_t first, int64_t last, bool bf16, const Output& out) {
   if (!bf16 || a.rows <= kSmallRows) return loops_linear_float<V>(w, a, first, last, bf16, out);
   if (w.type == WeightType::kInt4) amx_bf16_typed<WeightType::kInt4>(w, a, first, last, out);
-  else amx_bf16_typed<WeightType::kInt8>(w, a, first, last, out);
+  else if (w.type == WeightType::kInt8) amx_bf16_typed<WeightType::kInt8>(w, a, first, last, out);
+  else amx_bf16_typed<WeightType::kBook>(w, a, first, last, out);
 }
 
 IsaKernels kernels{"amx", 50, nullptr, loops_to_float<V>, loops_quantize<V>, amx_int8, amx_float, nullptr};

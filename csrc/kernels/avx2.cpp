@@ -1,13 +1,13 @@
 // AVX2 + FMA + F16C. Weights stay unsigned (0..15) and activations signed: one maddubs pair is at most
 // 2 * 15 * 127 = 3810, so eight of them add up exactly in int16 and one madd serves 32 inputs.
 // Int8 weights run as two such planes, the low and the high nibble of each code.
-#include <immintrin.h>
 
 #include "../kernel.h"
 #include "scalar.h"
+#include "simd.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
+TI4_TARGET("avx2,fma,f16c")
 
 #include "avx2_vectors.h"
 #include "loops.h"
@@ -17,24 +17,33 @@
 namespace torch_int4 {
 namespace {
 
-// The weights of 4 inputs, 8 rows a vector; quad j of 32 inputs.
+// The weights of 4 inputs, 8 rows a vector, at most 15 each; quad j of 32 inputs. kNibble: the part of an 8-bit code.
 struct Int4LinesPlane {
-  static TI4_INLINE __m256i load(const uint8_t* w, int j, int half) {
+  static TI4_INLINE __m256i load(const uint8_t* w, int j, int half, const Codebook*) {
     const __m256i line = load256(w + j / 2 * kLineBytes + half * 32);
-    return _mm256_and_si256(j % 2 ? _mm256_srli_epi16(line, 4) : line, _mm256_set1_epi8(15));
+    return j % 2 ? Avx2Vectors::high_nibbles(line) : Avx2Vectors::low_nibbles(line);
   }
 };
 
-template <int kShift>
+template <int kNibble>
 struct Int8LinesPlane {
-  static TI4_INLINE __m256i load(const uint8_t* w, int j, int half) {
+  static TI4_INLINE __m256i load(const uint8_t* w, int j, int half, const Codebook*) {
     const __m256i line = load256(w + j * kLineBytes + half * 32);
-    return _mm256_and_si256(kShift ? _mm256_srli_epi16(line, 4) : line, _mm256_set1_epi8(15));
+    return kNibble ? Avx2Vectors::high_nibbles(line) : Avx2Vectors::low_nibbles(line);
+  }
+};
+
+template <int kNibble>
+struct BookLinesPlane {
+  static TI4_INLINE __m256i load(const uint8_t* w, int j, int half, const Codebook* book) {
+    return Avx2Vectors::lookup_bytes(book->planes[kNibble], Int4LinesPlane::load(w, j, half, book));
   }
 };
 
 struct UnpackedPlane {
-  static TI4_INLINE __m256i load(const uint8_t* w, int j, int half) { return load256(w + j * kLineBytes + half * 32); }
+  static TI4_INLINE __m256i load(const uint8_t* w, int j, int half, const Codebook*) {
+    return load256(w + j * kLineBytes + half * 32);
+  }
 };
 
 struct Avx2 : Avx2Vectors {
@@ -47,11 +56,12 @@ struct Avx2 : Avx2Vectors {
 
   // dot += weight * (the inner products of 32 inputs of one plane with M rows); weight is the int16 multiplier.
   template <class Plane, int M>
-  static TI4_INLINE void dot_plane(I (&dot)[M], const uint8_t* w, const int8_t* x, __m256i weight) {
+  static TI4_INLINE void dot_plane(I (&dot)[M], const uint8_t* w, const int8_t* x, __m256i weight,
+                                   const Codebook* book) {
     __m256i low[M], high[M];
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
-      const __m256i w0 = Plane::load(w, j, 0), w1 = Plane::load(w, j, 1);
+      const __m256i w0 = Plane::load(w, j, 0, book), w1 = Plane::load(w, j, 1, book);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
         int32_t quad;
@@ -70,28 +80,40 @@ struct Avx2 : Avx2Vectors {
     }
   }
 
+  template <class Low, class High, int M>
+  static TI4_INLINE void dot_planes(I (&dot)[M], const uint8_t* low, const uint8_t* high, const int8_t* x,
+                                    const Codebook* book) {
+    dot_plane<Low, M>(dot, low, x, _mm256_set1_epi16(1), book);
+    TI4_KEEP_MEMORY();
+    dot_plane<High, M>(dot, high, x, _mm256_set1_epi16(16), book);
+  }
+
   template <Source S, int M>
-  static TI4_INLINE void dot32(I (&dot)[M], const uint8_t* w, const int8_t* x) {
-    const __m256i one = _mm256_set1_epi16(1), sixteen = _mm256_set1_epi16(16);
-    if constexpr (S == Source::kInt4Lines) dot_plane<Int4LinesPlane, M>(dot, w, x, one);
-    if constexpr (S == Source::kUnpacked4) dot_plane<UnpackedPlane, M>(dot, w, x, one);
-    if constexpr (S == Source::kInt8Lines) {
-      dot_plane<Int8LinesPlane<0>, M>(dot, w, x, one);
-      TI4_KEEP_MEMORY();
-      dot_plane<Int8LinesPlane<4>, M>(dot, w, x, sixteen);
-    }
+  static TI4_INLINE void dot32(I (&dot)[M], const uint8_t* w, const int8_t* x, const Codebook* book) {
+    const __m256i one = _mm256_set1_epi16(1);
+    if constexpr (S == Source::kInt4Lines) dot_plane<Int4LinesPlane, M>(dot, w, x, one, book);
+    if constexpr (S == Source::kUnpacked4) dot_plane<UnpackedPlane, M>(dot, w, x, one, book);
+    if constexpr (S == Source::kInt8Lines) dot_planes<Int8LinesPlane<0>, Int8LinesPlane<1>, M>(dot, w, w, x, book);
+    if constexpr (S == Source::kBookLines) dot_planes<BookLinesPlane<0>, BookLinesPlane<1>, M>(dot, w, w, x, book);
     if constexpr (S == Source::kUnpacked8) {
-      dot_plane<UnpackedPlane, M>(dot, w, x, one);
-      TI4_KEEP_MEMORY();
-      dot_plane<UnpackedPlane, M>(dot, w + kSlab * kPanelRows, x, sixteen);
+      dot_planes<UnpackedPlane, UnpackedPlane, M>(dot, w, w + kSlab * kPanelRows, x, book);
     }
   }
 
-  // 32 inputs of a panel: int4 becomes one byte per weight, int8 the plane of low and the plane of high nibbles.
+  // 32 inputs of a panel: int4 becomes one byte per weight, 8-bit codes the plane of their low nibbles and that of their
+  // high ones.
   template <WeightType T>
-  static TI4_INLINE void unpack(const uint8_t* lines, uint8_t* target) {
-    if (T == WeightType::kInt4) unpack_nibbles(lines, target, slab_bytes(T), kLineBytes);
-    else unpack_nibbles(lines, target, slab_bytes(T), kSlab * kPanelRows);
+  static TI4_INLINE void unpack(const uint8_t* lines, uint8_t* target, const Codebook* book) {
+    constexpr int kPlane = kSlab * kPanelRows;
+    if (T == WeightType::kInt4) return spread_nibbles(lines, target, nullptr);
+    if (T == WeightType::kBook) {
+      spread_nibbles(lines, target, book->planes[0]);
+      return spread_nibbles(lines, target + kPlane, book->planes[1]);
+    }
+    for (int i = 0; i < kPlane; i += 32) {
+      store256(target + i, low_nibbles(load256(lines + i)));
+      store256(target + kPlane + i, high_nibbles(load256(lines + i)));
+    }
   }
 };
 

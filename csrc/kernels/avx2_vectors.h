@@ -58,8 +58,25 @@ struct Avx2Vectors {
   }
 
   // 16 scales or offsets, fp16 or fp32; 16 zero points.
-  TI4_V F load_parameters(const void* p, bool f32, int64_t i) {
-    return load_as(static_cast<const char*>(p) + i * (f32 ? 4 : 2), f32 ? DType::kF32 : DType::kF16);
+  TI4_V F load_parameters(const void* p, ScaleType type, int64_t i) {
+    if (type == ScaleType::kF16) return load_as(static_cast<const uint16_t*>(p) + i, DType::kF16);
+    if (type == ScaleType::kF32) return load(static_cast<const float*>(p) + i);
+    alignas(32) float scales[16];
+    for (int lane = 0; lane < 16; ++lane) scales[lane] = from_e8m0(static_cast<const uint8_t*>(p)[i + lane]);
+    return load(scales);
+  }
+  TI4_V __m256 lookup8(__m256 low, __m256 high, __m256i index) {
+    const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // bit 3 as the sign, which blendv reads
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), upper);
+  }
+  TI4_V F lookup(const float* values, I index) {
+    const F table = load(values);
+    return {lookup8(table.lo, table.hi, index.lo), lookup8(table.lo, table.hi, index.hi)};
+  }
+  // 32 nibbles (0..15, one per byte) through a table of 16 bytes.
+  TI4_V __m256i lookup_bytes(const uint8_t* table, __m256i nibbles) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes), nibbles);
   }
   TI4_V F load_u8(const uint8_t* p) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -102,15 +119,19 @@ struct Avx2Vectors {
     _mm256_storeu_si256(static_cast<__m256i*>(p), halves);
   }
 
-  // The low nibbles of each line, and `apart` bytes behind them the high ones. Lines that end up side by side are
-  // spread (apart is a line: low and high alternate); otherwise two planes.
-  TI4_V void unpack_nibbles(const uint8_t* lines, uint8_t* target, int bytes, int apart) {
-    const __m256i mask = _mm256_set1_epi8(15);
-    for (int i = 0; i < bytes; i += 32) {
+  TI4_V void store256(uint8_t* p, __m256i x) { _mm256_store_si256(reinterpret_cast<__m256i*>(p), x); }
+  TI4_V __m256i low_nibbles(__m256i x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+  TI4_V __m256i high_nibbles(__m256i x) { return low_nibbles(_mm256_srli_epi16(x, 4)); }
+
+  // 32 inputs of a panel in nibbles to a byte each, through a table of 16 bytes if there is one.
+  TI4_V void spread_nibbles(const uint8_t* lines, uint8_t* target, const uint8_t* table) {
+    for (int i = 0; i < kSlab * kPanelRows / 2; i += 32) {
       const __m256i line = load256(lines + i);
-      uint8_t* low = target + (apart == kLineBytes ? i / kLineBytes * kLineBytes + i : i);
-      _mm256_store_si256(reinterpret_cast<__m256i*>(low), _mm256_and_si256(line, mask));
-      _mm256_store_si256(reinterpret_cast<__m256i*>(low + apart), _mm256_and_si256(_mm256_srli_epi16(line, 4), mask));
+      __m256i low = low_nibbles(line), high = high_nibbles(line);
+      if (table) low = lookup_bytes(table, low), high = lookup_bytes(table, high);
+      uint8_t* place = target + i / kLineBytes * kLineBytes + i;
+      store256(place, low);
+      store256(place + kLineBytes, high);
     }
   }
 #undef TI4_V

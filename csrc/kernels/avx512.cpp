@@ -1,11 +1,11 @@
 // AVX-512 F/BW/DQ/VL without VNNI (Skylake-SP and kin): the int16 sums of avx2.cpp, one 512-bit vector for 16 rows.
-#include <immintrin.h>
 
 #include "../kernel.h"
 #include "scalar.h"
+#include "simd.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+TI4_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 
 #include "avx512_vectors.h"
 #include "loops.h"
@@ -15,24 +15,47 @@
 namespace torch_int4 {
 namespace {
 
-// The weights of 4 inputs and 16 rows; quad j of 32 inputs.
+TI4_INLINE __m512i low_nibbles(__m512i x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+TI4_INLINE __m512i high_nibbles(__m512i x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
+
+// The weights of 4 inputs and 16 rows, at most 15 each; quad j of 32 inputs. kNibble: the part of an 8-bit code.
 struct Int4LinesPlane {
-  static TI4_INLINE __m512i load(const uint8_t* w, int j) {
+  static TI4_INLINE __m512i load(const uint8_t* w, int j, const Codebook*) {
     const __m512i line = _mm512_loadu_si512(w + j / 2 * kLineBytes);
-    return _mm512_and_si512(j % 2 ? _mm512_srli_epi16(line, 4) : line, _mm512_set1_epi8(15));
+    return j % 2 ? high_nibbles(line) : low_nibbles(line);
   }
 };
 
-template <int kShift>
+template <int kNibble>
 struct Int8LinesPlane {
-  static TI4_INLINE __m512i load(const uint8_t* w, int j) {
+  static TI4_INLINE __m512i load(const uint8_t* w, int j, const Codebook*) {
     const __m512i line = _mm512_loadu_si512(w + j * kLineBytes);
-    return _mm512_and_si512(kShift ? _mm512_srli_epi16(line, 4) : line, _mm512_set1_epi8(15));
+    return kNibble ? high_nibbles(line) : low_nibbles(line);
+  }
+};
+
+template <int kNibble>
+struct BookLinesPlane {
+  static TI4_INLINE __m512i load(const uint8_t* w, int j, const Codebook* book) {
+    return Avx512Vectors::lookup_bytes(book->planes[kNibble], Int4LinesPlane::load(w, j, book));
   }
 };
 
 struct UnpackedPlane {
-  static TI4_INLINE __m512i load(const uint8_t* w, int j) { return _mm512_loadu_si512(w + j * kLineBytes); }
+  static TI4_INLINE __m512i load(const uint8_t* w, int j, const Codebook*) {
+    return _mm512_loadu_si512(w + j * kLineBytes);
+  }
+};
+
+template <WeightType T>
+struct PlaneOf {
+  using Low = Int8LinesPlane<0>;
+  using High = Int8LinesPlane<1>;
+};
+template <>
+struct PlaneOf<WeightType::kBook> {
+  using Low = BookLinesPlane<0>;
+  using High = BookLinesPlane<1>;
 };
 
 struct Avx512 : Avx512Vectors {
@@ -45,11 +68,12 @@ struct Avx512 : Avx512Vectors {
 
   // dot += weight * (the inner products of 32 inputs of one plane with M rows); weight is the int16 multiplier.
   template <class Plane, int M>
-  static TI4_INLINE void dot_plane(I (&dot)[M], const uint8_t* w, const int8_t* x, __m512i weight) {
+  static TI4_INLINE void dot_plane(I (&dot)[M], const uint8_t* w, const int8_t* x, __m512i weight,
+                                   const Codebook* book) {
     __m512i sum[M];
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
-      const __m512i codes = Plane::load(w, j);
+      const __m512i codes = Plane::load(w, j, book);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
         int32_t quad;
@@ -62,34 +86,40 @@ struct Avx512 : Avx512Vectors {
     for (int m = 0; m < M; ++m) dot[m] = _mm512_add_epi32(dot[m], _mm512_madd_epi16(sum[m], weight));
   }
 
+  template <class Low, class High, int M>
+  static TI4_INLINE void dot_planes(I (&dot)[M], const uint8_t* low, const uint8_t* high, const int8_t* x,
+                                    const Codebook* book) {
+    dot_plane<Low, M>(dot, low, x, _mm512_set1_epi16(1), book);
+    TI4_KEEP_MEMORY();
+    dot_plane<High, M>(dot, high, x, _mm512_set1_epi16(16), book);
+  }
+
   template <Source S, int M>
-  static TI4_INLINE void dot32(I (&dot)[M], const uint8_t* w, const int8_t* x) {
-    const __m512i one = _mm512_set1_epi16(1), sixteen = _mm512_set1_epi16(16);
-    if constexpr (S == Source::kInt4Lines) dot_plane<Int4LinesPlane, M>(dot, w, x, one);
-    if constexpr (S == Source::kUnpacked4) dot_plane<UnpackedPlane, M>(dot, w, x, one);
-    if constexpr (S == Source::kInt8Lines) {
-      dot_plane<Int8LinesPlane<0>, M>(dot, w, x, one);
-      TI4_KEEP_MEMORY();
-      dot_plane<Int8LinesPlane<4>, M>(dot, w, x, sixteen);
-    }
+  static TI4_INLINE void dot32(I (&dot)[M], const uint8_t* w, const int8_t* x, const Codebook* book) {
+    const __m512i one = _mm512_set1_epi16(1);
+    if constexpr (S == Source::kInt4Lines) dot_plane<Int4LinesPlane, M>(dot, w, x, one, book);
+    if constexpr (S == Source::kUnpacked4) dot_plane<UnpackedPlane, M>(dot, w, x, one, book);
+    if constexpr (S == Source::kInt8Lines) dot_planes<Int8LinesPlane<0>, Int8LinesPlane<1>, M>(dot, w, w, x, book);
+    if constexpr (S == Source::kBookLines) dot_planes<BookLinesPlane<0>, BookLinesPlane<1>, M>(dot, w, w, x, book);
     if constexpr (S == Source::kUnpacked8) {
-      dot_plane<UnpackedPlane, M>(dot, w, x, one);
-      TI4_KEEP_MEMORY();
-      dot_plane<UnpackedPlane, M>(dot, w + kSlab * kPanelRows, x, sixteen);
+      dot_planes<UnpackedPlane, UnpackedPlane, M>(dot, w, w + kSlab * kPanelRows, x, book);
     }
   }
 
-  // 32 inputs of a panel: int4 becomes one byte per weight, int8 the plane of low and the plane of high nibbles.
+  // 32 inputs of a panel: int4 becomes one byte per weight, 8-bit codes the plane of their low nibbles and that of their
+  // high ones.
   template <WeightType T>
-  static TI4_INLINE void unpack(const uint8_t* lines, uint8_t* target) {
-    const __m512i mask = _mm512_set1_epi8(15);
-    constexpr bool kInt4 = T == WeightType::kInt4;
-    constexpr int kApart = kInt4 ? kLineBytes : kSlab * kPanelRows;
-    for (int i = 0; i < slab_bytes(T); i += kLineBytes) {
-      const __m512i line = _mm512_loadu_si512(lines + i);
-      uint8_t* low = target + (kInt4 ? 2 * i : i);
-      _mm512_store_si512(low, _mm512_and_si512(line, mask));
-      _mm512_store_si512(low + kApart, _mm512_and_si512(_mm512_srli_epi16(line, 4), mask));
+  static TI4_INLINE void unpack(const uint8_t* lines, uint8_t* target, const Codebook* book) {
+    uint8_t* upper = target + kSlab * kPanelRows;
+    for (int j = 0; j < 8; ++j, target += kLineBytes, upper += kLineBytes) {
+      if constexpr (T == WeightType::kInt4) {
+        _mm512_store_si512(target, Int4LinesPlane::load(lines, j, book));
+      } else {
+        using Low = typename PlaneOf<T>::Low;
+        using High = typename PlaneOf<T>::High;
+        _mm512_store_si512(target, Low::load(lines, j, book));
+        _mm512_store_si512(upper, High::load(lines, j, book));
+      }
     }
   }
 };

@@ -30,8 +30,18 @@ struct Avx512Vectors {
   TI4_V int reduce_add(I a) { return _mm512_reduce_add_epi32(a); }
   TI4_V void store_int8(int8_t* p, I a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a)); }
 
-  TI4_V F load_parameters(const void* p, bool f32, int64_t i) {
-    return load_as(static_cast<const char*>(p) + i * (f32 ? 4 : 2), f32 ? DType::kF32 : DType::kF16);
+  TI4_V F load_parameters(const void* p, ScaleType type, int64_t i) {
+    if (type == ScaleType::kF16) return load_as(static_cast<const uint16_t*>(p) + i, DType::kF16);
+    if (type == ScaleType::kF32) return load(static_cast<const float*>(p) + i);
+    alignas(64) float scales[16];
+    for (int lane = 0; lane < 16; ++lane) scales[lane] = from_e8m0(static_cast<const uint8_t*>(p)[i + lane]);
+    return load(scales);
+  }
+  TI4_V F lookup(const float* values, I index) { return _mm512_permutexvar_ps(index, load(values)); }
+  // 64 nibbles (0..15, one per byte) through a table of 16 bytes.
+  TI4_V I lookup_bytes(const uint8_t* table, I nibbles) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes), nibbles);
   }
   TI4_V F load_u8(const uint8_t* p) {
     return to_float(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));

@@ -1,11 +1,11 @@
 // AVX-512 VNNI: dpbusd multiplies 4 unsigned codes with 4 signed activations per lane and adds them to int32, exactly.
-#include <immintrin.h>
 
 #include "../kernel.h"
 #include "scalar.h"
+#include "simd.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+TI4_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 
 #include "avx512_vnni_vectors.h"
 #include "loops_float.h"

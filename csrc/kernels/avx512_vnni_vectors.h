@@ -12,24 +12,25 @@ struct Avx512Vnni : Avx512Vectors {
   // Int8 lines are what dpbusd reads: they stay where they are.
   template <WeightType T>
   static constexpr int unpacked_bytes() {
-    return T == WeightType::kInt4 ? kSlab * kPanelRows : 0;
+    return T == WeightType::kInt8 ? 0 : kSlab * kPanelRows;
   }
 
   template <Source S>
-  static TI4_INLINE __m512i load_codes(const uint8_t* w, int j) {
-    if constexpr (S == Source::kInt4Lines) {
+  static TI4_INLINE __m512i load_codes(const uint8_t* w, int j, const Codebook* book) {
+    if constexpr (S == Source::kInt4Lines || S == Source::kBookLines) {
       const __m512i line = _mm512_loadu_si512(w + j / 2 * kLineBytes);
-      return _mm512_and_si512(j % 2 ? _mm512_srli_epi16(line, 4) : line, _mm512_set1_epi8(15));
+      const __m512i nibbles = _mm512_and_si512(j % 2 ? _mm512_srli_epi16(line, 4) : line, _mm512_set1_epi8(15));
+      return S == Source::kBookLines ? lookup_bytes(book->planes[2], nibbles) : nibbles;
     } else {
       return _mm512_loadu_si512(w + j * kLineBytes);
     }
   }
 
   template <Source S, int M>
-  static TI4_INLINE void dot32(I (&dot)[M], const uint8_t* w, const int8_t* x) {
+  static TI4_INLINE void dot32(I (&dot)[M], const uint8_t* w, const int8_t* x, const Codebook* book) {
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
-      const __m512i codes = load_codes<S>(w, j);
+      const __m512i codes = load_codes<S>(w, j, book);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
         int32_t quad;
@@ -40,13 +41,9 @@ struct Avx512Vnni : Avx512Vectors {
   }
 
   template <WeightType T>
-  static TI4_INLINE void unpack(const uint8_t* lines, uint8_t* target) {
-    const __m512i mask = _mm512_set1_epi8(15);
-    for (int i = 0; i < slab_bytes(T); i += kLineBytes, target += 2 * kLineBytes) {
-      const __m512i line = _mm512_loadu_si512(lines + i);
-      _mm512_store_si512(target, _mm512_and_si512(line, mask));
-      _mm512_store_si512(target + kLineBytes, _mm512_and_si512(_mm512_srli_epi16(line, 4), mask));
-    }
+  static TI4_INLINE void unpack(const uint8_t* lines, uint8_t* target, const Codebook* book) {
+    constexpr Source S = packed_source(T);
+    for (int j = 0; j < 8; ++j) _mm512_store_si512(target + j * kLineBytes, load_codes<S>(lines, j, book));
   }
 };
 

@@ -1,11 +1,11 @@
 // AVX-VNNI (Alder Lake and later without AVX-512): dpbusd on 256-bit vectors.
-#include <immintrin.h>
 
 #include "../kernel.h"
 #include "scalar.h"
+#include "simd.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avxvnni")
+TI4_TARGET("avx2,fma,f16c,avxvnni")
 
 #include "avx2_vectors.h"
 #include "loops.h"
@@ -21,24 +21,25 @@ struct AvxVnni : Avx2Vectors {
   // Int8 lines are what dpbusd reads: they stay where they are.
   template <WeightType T>
   static constexpr int unpacked_bytes() {
-    return T == WeightType::kInt4 ? kSlab * kPanelRows : 0;
+    return T == WeightType::kInt8 ? 0 : kSlab * kPanelRows;
   }
 
   template <Source S>
-  static TI4_INLINE __m256i load_codes(const uint8_t* w, int j, int half) {
-    if constexpr (S == Source::kInt4Lines) {
+  static TI4_INLINE __m256i load_codes(const uint8_t* w, int j, int half, const Codebook* book) {
+    if constexpr (S == Source::kInt4Lines || S == Source::kBookLines) {
       const __m256i line = load256(w + j / 2 * kLineBytes + half * 32);
-      return _mm256_and_si256(j % 2 ? _mm256_srli_epi16(line, 4) : line, _mm256_set1_epi8(15));
+      const __m256i nibbles = j % 2 ? high_nibbles(line) : low_nibbles(line);
+      return S == Source::kBookLines ? lookup_bytes(book->planes[2], nibbles) : nibbles;
     } else {
       return load256(w + j * kLineBytes + half * 32);
     }
   }
 
   template <Source S, int M>
-  static TI4_INLINE void dot32(I (&dot)[M], const uint8_t* w, const int8_t* x) {
+  static TI4_INLINE void dot32(I (&dot)[M], const uint8_t* w, const int8_t* x, const Codebook* book) {
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
-      const __m256i low = load_codes<S>(w, j, 0), high = load_codes<S>(w, j, 1);
+      const __m256i low = load_codes<S>(w, j, 0, book), high = load_codes<S>(w, j, 1, book);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
         int32_t quad;
@@ -51,8 +52,8 @@ struct AvxVnni : Avx2Vectors {
   }
 
   template <WeightType T>
-  static TI4_INLINE void unpack(const uint8_t* lines, uint8_t* target) {
-    unpack_nibbles(lines, target, slab_bytes(T), kLineBytes);
+  static TI4_INLINE void unpack(const uint8_t* lines, uint8_t* target, const Codebook* book) {
+    spread_nibbles(lines, target, T == WeightType::kBook ? book->planes[2] : nullptr);
   }
 };
 

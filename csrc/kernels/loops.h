@@ -9,11 +9,6 @@
 namespace torch_int4 {
 namespace {
 
-#define TI4_INLINE inline __attribute__((always_inline))
-
-// Keeps gcc from reassociating a chain of integer additions, which spills the accumulators of a tile.
-#define TI4_KEEP(x) __asm__("" : "+x"(x))
-
 // Keeps gcc from loading for a second pass over the same rows while the first one still fills the registers.
 #define TI4_KEEP_MEMORY() __asm__ volatile("" ::: "memory")
 
@@ -30,16 +25,21 @@ namespace {
   }
 
 // Where an inner product reads its weights: packed lines, or what unpack() made of them in L1.
-enum class Source { kInt4Lines, kInt8Lines, kUnpacked4, kUnpacked8 };
+enum class Source { kInt4Lines, kInt8Lines, kBookLines, kUnpacked4, kUnpacked8 };
 
 constexpr Source packed_source(WeightType type) {
-  return type == WeightType::kInt4 ? Source::kInt4Lines : Source::kInt8Lines;
+  return type == WeightType::kInt4   ? Source::kInt4Lines
+         : type == WeightType::kInt8 ? Source::kInt8Lines
+                                     : Source::kBookLines;
 }
 constexpr Source unpacked_source(WeightType type) {
   return type == WeightType::kInt4 ? Source::kUnpacked4 : Source::kUnpacked8;
 }
-constexpr int slab_bytes(WeightType type) { return kSlab * kPanelRows / (type == WeightType::kInt4 ? 2 : 1); }
+constexpr int slab_bytes(WeightType type) { return kSlab * kPanelRows / (type == WeightType::kInt8 ? 1 : 2); }
 
+constexpr int largest_power_of_two(int n) { return n < 2 ? n : 2 * largest_power_of_two(n / 2); }
+
+constexpr int kStreams = 4;     // panels, far apart, that small M reads at once
 constexpr int kRowBlock = 128;  // rows of x per pass over a panel: they fit L2, their sums (8 KiB) fit L1
 
 // Sums the `terms` rows of each output, adds the bias and writes the columns of one panel; `row` counts input rows.
@@ -77,9 +77,10 @@ struct Int8Loops {
   static TI4_INLINE Group load_group(const PackedWeight& w, int64_t panel, int64_t group) {
     const int64_t i = (panel * w.groups + group) * kPanelRows;
     Group g{};
-    g.scale = V::load_parameters(w.scales, w.scales_f32, i);
+    g.scale = V::load_parameters(w.scales, w.scale_type, i);
+    if constexpr (T == WeightType::kBook) g.scale = V::mul(g.scale, V::set(w.book->step));
     if constexpr (O == Offset::kInteger) g.offset = V::load_u8(static_cast<const uint8_t*>(w.offsets) + i);
-    if constexpr (O == Offset::kFloat) g.offset = V::load_parameters(w.offsets, w.scales_f32, i);
+    if constexpr (O == Offset::kFloat) g.offset = V::load_parameters(w.offsets, w.scale_type, i);
     return g;
   }
 
@@ -118,7 +119,7 @@ struct Int8Loops {
         for (int m = 0; m < M; ++m) dot[m] = start(sum[m]);
         const int8_t* xs = x;
         for (int64_t k = 0; k < inputs; k += kSlab, xs += a.rows * kSlab) {
-          V::template dot32<packed_source(T), M>(dot, codes[p], xs);
+          V::template dot32<packed_source(T), M>(dot, codes[p], xs, w.book);
           codes[p] += slab_bytes(T);
         }
         const Group g = load_group(w, panel + p * apart, group);
@@ -149,9 +150,8 @@ struct Int8Loops {
     if constexpr (M > 1) {
       if (a.rows < M) return direct_rows<M - 1>(w, a, first, last, streams, out);
     }
-    if (streams >= 4) return direct<M, 4>(w, a, 0, first, last, out);
-    if (streams >= 2) return direct<M, 2>(w, a, 0, first, last, out);
-    direct<M, 1>(w, a, 0, first, last, out);
+    if (streams > 1) direct<M, kStreams>(w, a, 0, first, last, out);
+    else direct<M, 1>(w, a, 0, first, last, out);
   }
 
   // One register tile: M rows x one panel over one block of unpacked weights; the sums in c are [rows][16] floats.
@@ -161,7 +161,7 @@ struct Int8Loops {
     I dot[M];
     for (int m = 0; m < M; ++m) dot[m] = start(sum[m]);
     for (int64_t k = 0; k < inputs; k += kSlab, x += x_step) {
-      V::template dot32<unpacked_source(T), M>(dot, weights, x);
+      V::template dot32<unpacked_source(T), M>(dot, weights, x, nullptr);
       weights += V::template unpacked_bytes<T>() ? V::template unpacked_bytes<T>() : slab_bytes(T);
     }
     for (int m = 0; m < M; ++m) {
@@ -170,12 +170,15 @@ struct Int8Loops {
     }
   }
 
+  // The rows that no whole tile takes, in tiles of the powers of two that add up to them.
   template <int M>
-  static TI4_INLINE void last_tile(int rows, const uint8_t* weights, int64_t inputs, const int8_t* x, int64_t x_step,
-                                   const float* scale, const int32_t* sum, const Group& g, float* c) {
+  static TI4_INLINE void last_tiles(int rows, const uint8_t* weights, int64_t inputs, const int8_t* x, int64_t x_step,
+                                    const float* scale, const int32_t* sum, const Group& g, float* c) {
     if constexpr (M > 0) {
-      if (rows == M) return tile<M>(weights, inputs, x, x_step, scale, sum, g, c);
-      last_tile<M - 1>(rows, weights, inputs, x, x_step, scale, sum, g, c);
+      const int done = rows & M;
+      if (done) tile<M>(weights, inputs, x, x_step, scale, sum, g, c);
+      last_tiles<M / 2>(rows, weights, inputs, x + done * kSlab, x_step, scale + done, sum + done, g,
+                        c + done * kPanelRows);
     }
   }
 
@@ -195,7 +198,7 @@ struct Int8Loops {
           const int64_t inputs = smaller(w.block, w.padded_inputs - b * w.block);
           const uint8_t* weights = kUnpacked ? unpacked : codes;
           for (int64_t k = 0; k < inputs / kSlab; ++k, codes += slab_bytes(T)) {
-            if constexpr (kUnpacked != 0) V::template unpack<T>(codes, unpacked + k * kUnpacked);
+            if constexpr (kUnpacked != 0) V::template unpack<T>(codes, unpacked + k * kUnpacked, w.book);
           }
           const Group g = load_group(w, panel, b / w.blocks_per_group());
           const int8_t* x = a.codes + (b * w.block / kSlab * a.rows + row) * kSlab;
@@ -205,7 +208,8 @@ struct Int8Loops {
           for (; i + M <= rows; i += M) {
             tile<M>(weights, inputs, x + i * kSlab, x_step, scale + i, sum + i, g, c + i * kPanelRows);
           }
-          last_tile<M - 1>(rows - i, weights, inputs, x + i * kSlab, x_step, scale + i, sum + i, g, c + i * kPanelRows);
+          last_tiles<largest_power_of_two(M - 1)>(rows - i, weights, inputs, x + i * kSlab, x_step, scale + i, sum + i,
+                                                  g, c + i * kPanelRows);
         }
         store_rows<V>(c, rows, row, panel, w.out_features, out);
       }
@@ -230,8 +234,9 @@ void loops_linear_typed(const PackedWeight& w, const QuantizedRows& a, int64_t f
 template <class V>
 void loops_linear_int8(const PackedWeight& w, const QuantizedRows& a, int64_t first, int64_t last, int streams,
                        const Output& out) {
-  if (w.type == WeightType::kInt4) loops_linear_typed<V, WeightType::kInt4>(w, a, first, last, streams, out);
-  else loops_linear_typed<V, WeightType::kInt8>(w, a, first, last, streams, out);
+  if (w.type == WeightType::kInt4) return loops_linear_typed<V, WeightType::kInt4>(w, a, first, last, streams, out);
+  if (w.type == WeightType::kInt8) return loops_linear_typed<V, WeightType::kInt8>(w, a, first, last, streams, out);
+  Int8Loops<V, WeightType::kBook, Offset::kSymmetric>::run(w, a, first, last, streams, out);
 }
 
 }  // namespace

@@ -15,19 +15,20 @@ struct FloatLoops {
   static TI4_INLINE void dequantize(const PackedWeight& w, const uint8_t* codes, int64_t panel, int64_t group,
                                     int64_t inputs, bool bf16, float* target) {
     const int64_t parameter = (panel * w.groups + group) * kPanelRows;
-    const F scale = V::load_parameters(w.scales, w.scales_f32, parameter);
+    const F scale = V::load_parameters(w.scales, w.scale_type, parameter);
     F zero = V::set(w.offset == Offset::kSymmetric ? float(zero_point(T)) : 0.f), offset = V::zero();
     if (w.offset == Offset::kInteger) zero = V::load_u8(static_cast<const uint8_t*>(w.offsets) + parameter);
-    if (w.offset == Offset::kFloat) offset = V::load_parameters(w.offsets, w.scales_f32, parameter);
-    constexpr int kBits = T == WeightType::kInt4 ? 4 : 8, kMask = (1 << kBits) - 1, kInputs = 32 / kBits;
+    if (w.offset == Offset::kFloat) offset = V::load_parameters(w.offsets, w.scale_type, parameter);
+    constexpr int kBits = T == WeightType::kInt8 ? 8 : 4, kMask = (1 << kBits) - 1, kInputs = 32 / kBits;
     for (int64_t k = 0; k < inputs; k += kInputs, codes += kLineBytes) {
       const I line = V::load_int(codes);
 #pragma GCC unroll 8
       for (int j = 0; j < kInputs; ++j) {
         // A row's 32 bits hold bytes j = 0..3; int4 keeps inputs 0..3 in the low and 4..7 in the high nibbles.
         const int shift = kBits == 8 ? 8 * j : 8 * (j % 4) + 4 * (j / 4);
-        const F code = V::to_float(V::and_int(V::shift_right(line, shift), V::set_int(kMask)));
-        F value = V::fmadd(V::sub(code, zero), scale, offset);
+        const I code = V::and_int(V::shift_right(line, shift), V::set_int(kMask));
+        F value = T == WeightType::kBook ? V::lookup(w.book->values, code) : V::sub(V::to_float(code), zero);
+        value = V::fmadd(value, scale, offset);
         if (bf16) value = V::round_bfloat16(value);
         V::store(target + (k + j) * kPanelRows, value);
       }
@@ -49,11 +50,12 @@ struct FloatLoops {
   }
 
   template <int M>
-  static TI4_INLINE void last_tile(int rows, const float* weights, int64_t inputs, const float* x, int64_t x_step,
-                                   float* c) {
+  static TI4_INLINE void last_tiles(int rows, const float* weights, int64_t inputs, const float* x, int64_t x_step,
+                                    float* c) {
     if constexpr (M > 0) {
-      if (rows == M) return tile<M>(weights, inputs, x, x_step, c);
-      last_tile<M - 1>(rows, weights, inputs, x, x_step, c);
+      const int done = rows & M;
+      if (done) tile<M>(weights, inputs, x, x_step, c);
+      last_tiles<M / 2>(rows, weights, inputs, x + done * kSlab, x_step, c + done * kPanelRows);
     }
   }
 
@@ -75,7 +77,7 @@ struct FloatLoops {
           const float* x = a.values + (b * w.block / kSlab * a.rows + row) * kSlab;
           int i = 0;
           for (; i + M <= rows; i += M) tile<M>(weights, inputs, x + i * kSlab, x_step, c + i * kPanelRows);
-          last_tile<M - 1>(rows - i, weights, inputs, x + i * kSlab, x_step, c + i * kPanelRows);
+          last_tiles<largest_power_of_two(M - 1)>(rows - i, weights, inputs, x + i * kSlab, x_step, c + i * kPanelRows);
         }
         store_rows<V>(c, rows, row, panel, w.out_features, out);
       }
@@ -87,7 +89,8 @@ template <class V>
 void loops_linear_float(const PackedWeight& w, const FloatRows& a, int64_t first, int64_t last, bool bf16,
                         const Output& out) {
   if (w.type == WeightType::kInt4) FloatLoops<V, WeightType::kInt4>::run(w, a, first, last, bf16, out);
-  else FloatLoops<V, WeightType::kInt8>::run(w, a, first, last, bf16, out);
+  else if (w.type == WeightType::kInt8) FloatLoops<V, WeightType::kInt8>::run(w, a, first, last, bf16, out);
+  else FloatLoops<V, WeightType::kBook>::run(w, a, first, last, bf16, out);
 }
 
 }  // namespace

@@ -14,10 +14,6 @@ int code(const PackedWeight& w, int64_t panel, int lane, int64_t k) {
   return k % 8 < 4 ? byte & 15 : byte >> 4;
 }
 
-float parameter(const void* stream, bool f32, int64_t i) {
-  return load_element(stream, f32 ? DType::kF32 : DType::kF16, i);
-}
-
 struct GroupParameters {
   float scale, offset;
   int zero;
@@ -25,10 +21,10 @@ struct GroupParameters {
 
 GroupParameters group_parameters(const PackedWeight& w, int64_t panel, int lane, int64_t group) {
   const int64_t i = (panel * w.groups + group) * kPanelRows + lane;
-  GroupParameters p{parameter(w.scales, w.scales_f32, i), 0.f, 0};
+  GroupParameters p{load_parameter(w.scales, w.scale_type, i), 0.f, 0};
   if (w.offset == Offset::kSymmetric) p.zero = zero_point(w.type);
   if (w.offset == Offset::kInteger) p.zero = static_cast<const uint8_t*>(w.offsets)[i];
-  if (w.offset == Offset::kFloat) p.offset = parameter(w.offsets, w.scales_f32, i);
+  if (w.offset == Offset::kFloat) p.offset = load_parameter(w.offsets, w.scale_type, i);
   return p;
 }
 
@@ -81,9 +77,11 @@ float dot_int8(const PackedWeight& w, const QuantizedRows& a, int64_t row, int64
     const int sum = a.sums[b * a.rows + row];
     int dot = 0;
     for (int64_t k = b * w.block; k < smaller((b + 1) * w.block, w.padded_inputs); ++k) {
-      dot += code(w, panel, lane, k) * a.codes[((k / kSlab) * a.rows + row) * kSlab + k % kSlab];
+      const int c = code(w, panel, lane, k);
+      dot += (w.book ? w.book->planes[2][c] : c) * a.codes[((k / kSlab) * a.rows + row) * kSlab + k % kSlab];
     }
-    acc = fmaf(float(dot - p.zero * sum), p.scale * scale, acc);
+    const float weight_scale = w.book ? p.scale * w.book->step : p.scale;
+    acc = fmaf(float(dot - p.zero * sum), weight_scale * scale, acc);
     if (w.offset == Offset::kFloat) acc = fmaf(p.offset, scale * float(sum), acc);
   }
   return acc;
@@ -93,7 +91,8 @@ float dot_float(const PackedWeight& w, const FloatRows& a, int64_t row, int64_t 
   float acc = 0;
   for (int64_t k = 0; k < w.padded_inputs; ++k) {
     const GroupParameters p = group_parameters(w, panel, lane, k / w.group);
-    float value = fmaf(float(code(w, panel, lane, k) - p.zero), p.scale, p.offset);
+    const int c = code(w, panel, lane, k);
+    float value = fmaf(w.book ? w.book->values[c] : float(c - p.zero), p.scale, p.offset);
     if (bf16) value = from_bfloat16(to_bfloat16(value));
     acc = fmaf(value, a.values[((k / kSlab) * a.rows + row) * kSlab + k % kSlab], acc);
   }

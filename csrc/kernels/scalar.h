@@ -61,6 +61,15 @@ inline void store_element(void* target, DType dtype, int64_t i, float x) {
 // Blocks of x whose largest magnitude is below this count as zero, so that the inverse scale cannot overflow.
 constexpr float kTinyBlock = 0x1p-100f;
 
+// A power of two from its biased exponent; 255 is NaN, 0 is the subnormal 2^-127.
+inline float from_e8m0(uint8_t e) { return bits_float(e == 255 ? 0x7fc00000u : e ? uint32_t(e) << 23 : 0x00400000u); }
+
+// Element i of a stream of scales, or of float offsets, which have the type of the scales.
+inline float load_parameter(const void* stream, ScaleType type, int64_t i) {
+  if (type == ScaleType::kE8M0) return from_e8m0(static_cast<const uint8_t*>(stream)[i]);
+  return load_element(stream, type == ScaleType::kF32 ? DType::kF32 : DType::kF16, i);
+}
+
 inline int element_bytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
 
 inline int zero_point(WeightType type) { return type == WeightType::kInt4 ? 8 : 128; }

@@ -1,7 +1,8 @@
 // Every kernel set that runs on this processor against the scalar reference, without torch: the same bits for the
 // same operands, on odd shapes and extreme operands, with an unmapped page right before or right behind every buffer.
 //
-//   kernels_main [--small] [--expect NAME]     NAME: the kernel set that must be chosen by default
+//   kernels_main [--small | --tiny | --dispatch] [--expect NAME]
+// NAME is the kernel set that must be chosen by default; --dispatch checks nothing else.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "../../csrc/codebooks.h"
 #include "../../csrc/dispatch.h"
 #include "../../csrc/kernels/scalar.h"
 #include "../../csrc/linear.h"
@@ -66,14 +68,15 @@ struct Case {
   Compute compute;
   DType dtype;
   Data data;
-  bool scales_f32, perm;
+  ScaleType scale_type;
+  bool perm;
 };
 
 std::string describe(const Case& c) {
   char text[200];
-  snprintf(text, sizeof text, "M=%d N=%d K=%d group=%d type=%d offset=%d compute=%d dtype=%d data=%d f32=%d perm=%d",
+  snprintf(text, sizeof text, "M=%d N=%d K=%d group=%d type=%d offset=%d compute=%d dtype=%d data=%d scales=%d perm=%d",
            int(c.rows), int(c.out_features), int(c.in_features), int(c.group), int(c.type), int(c.offset),
-           int(c.compute), int(c.dtype), int(c.data), c.scales_f32, c.perm);
+           int(c.compute), int(c.dtype), int(c.data), int(c.scale_type), c.perm);
   return text;
 }
 
@@ -83,7 +86,8 @@ PackedWeight shape_of(const Case& c) {
   w.in_features = c.in_features;
   w.type = c.type;
   w.offset = c.offset;
-  w.scales_f32 = c.scales_f32;
+  w.scale_type = c.scale_type;
+  if (c.type == WeightType::kBook) w.book = find_codebook(c.rows % 2 ? "nf4" : "fp4");
   w.padded_inputs = (c.in_features + kSlab - 1) / kSlab * kSlab;
   w.group = c.group == -1 || c.group > w.padded_inputs ? w.padded_inputs : c.group;
   w.groups = (w.padded_inputs + w.group - 1) / w.group;
@@ -109,7 +113,7 @@ class Problem {
         parameters_(w_.panels() * w_.groups * kPanelRows),
         bytes_(element_bytes(c.dtype)),
         codes_(size_t(w_.panels() * w_.panel_bytes()), at_end),
-        scales_(size_t(parameters_ * (c.scales_f32 ? 4 : 2)), at_end),
+        scales_(size_t(parameters_ * scale_bytes()), at_end),
         offsets_(size_t(parameters_ * offset_bytes()), at_end),
         bias_(size_t(c.out_features * 4), at_end),
         perm_(size_t(c.in_features * 8), at_end),
@@ -136,19 +140,23 @@ class Problem {
   size_t row_bytes() const { return size_t(case_.out_features * bytes_); }
 
  private:
-  int64_t offset_bytes() const { return w_.offset == Offset::kInteger ? 1 : case_.scales_f32 ? 4 : 2; }
+  int64_t offset_bytes() const { return w_.offset == Offset::kInteger ? 1 : scale_bytes(); }
+  int64_t scale_bytes() const {
+    return case_.scale_type == ScaleType::kF32 ? 4 : case_.scale_type == ScaleType::kF16 ? 2 : 1;
+  }
 
   void fill() {
     Random random;
     const bool extreme = case_.data == Data::kExtremes;
-    const int mask = case_.type == WeightType::kInt4 ? 15 : 255;
+    const int mask = case_.type == WeightType::kInt8 ? 255 : 15;
     std::vector<uint8_t> codes(size_t(w_.out_features * w_.in_features));
     for (auto& code : codes) code = uint8_t(extreme ? mask : int(random.next() >> 9) & mask);
     pack_codes(codes.data(), w_, 0, w_.panels(), codes_.as<uint8_t>());
     w_.codes = codes_.as<uint8_t>();
-    const DType parameter = case_.scales_f32 ? DType::kF32 : DType::kF16;
+    const DType parameter = case_.scale_type == ScaleType::kF32 ? DType::kF32 : DType::kF16;
     for (int64_t i = 0; i < parameters_; ++i) {
-      store_element(scales_.as<char>(), parameter, i, random.normal() * 0.1f);
+      if (case_.scale_type == ScaleType::kE8M0) scales_.as<uint8_t>()[i] = uint8_t(110 + random.next() % 20);
+      else store_element(scales_.as<char>(), parameter, i, random.normal() * 0.1f);
       if (w_.offset == Offset::kInteger)
         offsets_.as<uint8_t>()[i] = uint8_t(extreme ? mask : int(random.next() >> 9) & mask);
       if (w_.offset == Offset::kFloat) store_element(offsets_.as<char>(), parameter, i, random.normal());
@@ -213,8 +221,11 @@ void run_case(const Case& c, const std::vector<std::string>& sets) {
   }
 }
 
-std::vector<Case> cases(bool small) {
+enum class Size { kAll, kSmall, kTiny, kNone };
+
+std::vector<Case> cases(Size extent) {
   std::vector<Case> all;
+  const bool small = extent != Size::kAll;
   const std::vector<int64_t> rows =
       small ? std::vector<int64_t>{1, 2, 5, 17}
             : std::vector<int64_t>{1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17, 31, 33, 64, 129, 140};
@@ -222,19 +233,20 @@ std::vector<Case> cases(bool small) {
   const int64_t sizes[][2] = {{1, 1}, {15, 31}, {16, 32}, {17, 33}, {31, 300}, {65, 129}, {100, 576}, {129, 255}};
   int turn = 0;
   for (int64_t group : groups) {
-    for (int type = 0; type < 2; ++type) {
-      for (int offset = 0; offset < 3; ++offset) {
+    for (int type = 0; type < 3; ++type) {
+      for (int offset = 0; offset < (type == 2 ? 1 : 3); ++offset) {
+        const bool can_be_e8m0 = Offset(offset) != Offset::kFloat;
         for (int compute = 0; compute < 4; ++compute) {
           for (int repeat = 0; repeat < (small ? 1 : 4); ++repeat, ++turn) {
             const auto* size = sizes[size_t(turn) % (small ? 6 : 8)];
             all.push_back({rows[size_t(turn * 7 + turn / 17) % rows.size()], size[0], size[1], group, WeightType(type),
-                           Offset(offset), Compute(compute), DType(turn % 3), Data::kRandom, turn % 4 == 3,
-                           turn % 5 == 4});
+                           Offset(offset), Compute(compute), DType(turn % 3), Data::kRandom,
+                           ScaleType(turn % (can_be_e8m0 ? 3 : 2)), turn % 5 == 4});
           }
           all.push_back({compute + 4, 33, 160, group, WeightType(type), Offset(offset), Compute(compute), DType::kF32,
-                         Data::kNotFinite, false, false});
+                         Data::kNotFinite, ScaleType::kF16, false});
           all.push_back({1 + turn % 6, 48, 1100, group, WeightType(type), Offset(offset), Compute(compute), DType::kF32,
-                         Data::kExtremes, false, false});
+                         Data::kExtremes, ScaleType::kF16, false});
         }
       }
     }
@@ -245,10 +257,12 @@ std::vector<Case> cases(bool small) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  bool small = false;
+  Size extent = Size::kAll;
   std::string expected;
   for (int i = 1; i < argc; ++i) {
-    if (!strcmp(argv[i], "--small")) small = true;
+    if (!strcmp(argv[i], "--small")) extent = Size::kSmall;
+    else if (!strcmp(argv[i], "--tiny")) extent = Size::kTiny;
+    else if (!strcmp(argv[i], "--dispatch")) extent = Size::kNone;
     else if (!strcmp(argv[i], "--expect") && i + 1 < argc) expected = argv[++i];
   }
   const std::string chosen = active_kernels().name;
@@ -260,7 +274,11 @@ int main(int argc, char** argv) {
     printf("FAILED: expected the kernel set %s\n", expected.c_str());
     return 1;
   }
-  for (const Case& c : cases(small)) run_case(c, sets);
+  if (extent == Size::kNone) return 0;
+  int turn = 0;
+  for (const Case& c : cases(extent)) {
+    if (extent != Size::kTiny || turn++ % 5 == 0) run_case(c, sets);
+  }
   printf("%d passed, %d failed\n", passed, failures);
   return failures != 0;
 }

@@ -1,0 +1,151 @@
+"""What the machine can do at most, with the threads that torch uses: read bandwidth and peaks of arithmetic.
+
+The model is that of Williams, Waterman and Patterson, "Roofline: an insightful visual performance model" (2009).
+Each limit is the best of many samples, taken at the start of a run and again between the measurements: noise of
+a shared machine can only make a sample smaller than the limit.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from torch_int4 import ops  # noqa: F401  (registers the probes)
+from torch_int4.errors import Int4Error
+
+HUGE = 2 << 20
+PAGES = ("2 MiB", "4 KiB")
+VARIANTS = tuple((streams, prefetch) for streams in (1, 2, 4, 8) for prefetch in (0, 1024, 4096))  # bytes ahead
+_PROBE_SECONDS = 0.001  # short, so that some samples are undisturbed on a busy machine
+_STEP = 256 * 8  # bytes: the buffer must divide among threads and streams
+
+# The limit of each kernel set: of products of 4-bit weights in int8, in bf16, and in fp32.
+ISA_PROBES = {
+    "avx2": ("maddubs_add16_256", "fma_256", "fma_256"),
+    "avx_vnni": ("dpbusd_256", "fma_256", "fma_256"),
+    "avx512": ("maddubs_add16_512", "fma_512", "fma_512"),
+    "avx512_vnni": ("dpbusd_512", "fma_512", "fma_512"),
+    "amx": ("tiles_int8", "tiles_bf16", "fma_512"),
+}
+_COLUMN = {"int8": 0, "int8x2": 0, "bf16": 1, "fp32": 2}
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A roof by name, and how many bytes or operations it allows in a second."""
+
+    name: str
+    per_second: float
+
+    def share(self, work: float, seconds: float) -> float:
+        """How much of it was used by `work` in `seconds`."""
+        return work / seconds / self.per_second
+
+
+class ReadBuffer:
+    """Memory with 2 MiB or 4 KiB pages as far as Linux grants them; `granted` is the share in 2 MiB pages."""
+
+    def __init__(self, size: int, *, huge: bool) -> None:
+        self._map = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._map.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
+        whole = torch.frombuffer(self._map, dtype=torch.uint8)
+        start = -whole.data_ptr() % HUGE
+        step = _STEP * torch.get_num_threads()
+        self.data: Tensor = whole[start : start + size // step * step]
+        self.data.fill_(1)
+        self.granted = _huge_share(self.data)
+
+    def seconds(self, streams: int, prefetch: int) -> float:
+        """Time to read all of it once."""
+        return float(torch.ops.torch_int4.probe_read(self.data, streams, prefetch))
+
+
+def _huge_share(data: Tensor) -> float:
+    """The share of `data` that lies in 2 MiB pages, as Linux counts them; NaN where it does not say."""
+    try:
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+    except OSError:
+        return float("nan")
+    inside = False
+    middle = data.data_ptr() + data.numel() // 2
+    for line in lines:
+        if span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(span[1], 16) <= middle < int(span[2], 16)
+        elif inside and line.startswith("AnonHugePages:"):
+            return min(1.0, int(line.split()[1]) * 1024 / data.numel())
+    return float("nan")
+
+
+@dataclass
+class Roofline:
+    """Samples of the limits. `start` takes the first ones; `refresh` adds some of what a point is held against."""
+
+    size: int = 256 << 20  # bytes to read; more than any cache here
+    read: dict[str, tuple[float, int, int]] = field(default_factory=dict)  # pages: bytes/s, streams, prefetch
+    peaks: dict[str, float] = field(default_factory=dict)  # operations/s
+    huge_granted: float = float("nan")
+    _buffer: ReadBuffer | None = None
+
+    def start(self, repeats: int = 8) -> Roofline:
+        """Measures every limit `repeats` times, and the peaks, whose samples are shorter, more often.
+
+        Raises:
+            Int4Error: on a processor without AVX2, which no probe runs on.
+        """
+        if not probe_names():
+            raise Int4Error("the bench measures vector kernels, and this processor has no AVX2 and FMA")
+        buffers = {pages: ReadBuffer(self.size, huge=pages == PAGES[0]) for pages in PAGES}
+        for _ in range(repeats):
+            for pages, buffer in buffers.items():
+                for streams, prefetch in VARIANTS:
+                    self._note_read(pages, buffer, streams, prefetch)
+        self._buffer = buffers[PAGES[0]]
+        self.huge_granted = self._buffer.granted
+        for _ in range(4 * repeats):
+            for name in probe_names():
+                self._note_peak(name)
+        return self
+
+    def refresh(self, isa: str) -> None:
+        """One more sample of the bandwidth, in its best variant, and of the peaks of a kernel set."""
+        pages = PAGES[0]
+        if self._buffer is not None:
+            self._note_read(pages, self._buffer, *self.read[pages][1:])
+        for name in sorted(set(ISA_PROBES.get(isa, ())) & set(self.peaks)):
+            self._note_peak(name)
+
+    def bandwidth(self) -> Limit:
+        """Bytes that can be read in a second: the better of both page sizes."""
+        pages = max(self.read, key=lambda name: self.read[name][0])
+        return Limit(f"read, {pages} pages", self.read[pages][0])
+
+    def peak(self, isa: str, compute: str) -> Limit | None:
+        """Operations in a second; None for a kernel set whose instructions no probe measures here."""
+        if isa not in ISA_PROBES:
+            return None
+        name = ISA_PROBES[isa][_COLUMN[compute]]
+        if name not in self.peaks:
+            return None
+        terms = 2 if compute == "int8x2" else 1  # two int8 products for one
+        return Limit(name + (" / 2" if terms == 2 else ""), self.peaks[name] / terms)
+
+    def _note_read(self, pages: str, buffer: ReadBuffer, streams: int, prefetch: int) -> None:
+        speed = buffer.data.numel() / buffer.seconds(streams, prefetch)
+        if speed > self.read.get(pages, (0.0,))[0]:
+            self.read[pages] = speed, streams, prefetch
+
+    def _note_peak(self, name: str) -> None:
+        seconds, operations = torch.ops.torch_int4.probe_compute(name, 1000)
+        iterations = max(1000, int(1000 * _PROBE_SECONDS / seconds))
+        seconds, operations = torch.ops.torch_int4.probe_compute(name, iterations)
+        self.peaks[name] = max(self.peaks.get(name, 0.0), operations / seconds)
+
+
+def probe_names() -> list[str]:
+    """Names of the arithmetic probes that this processor runs."""
+    return [name for name in torch.ops.torch_int4.probe_names().split(",") if name]
