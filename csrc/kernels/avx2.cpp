@@ -47,7 +47,7 @@ struct UnpackedPlane {
 };
 
 struct Avx2 : Avx2Vectors {
-  static constexpr int kTileRows = 3, kDirectRows = 2, kFloatRows = 6;
+  static constexpr int kTileRows = 3, kDirectRows = 4, kFloatRows = 6;
 
   template <WeightType T>
   static constexpr int unpacked_bytes() {
