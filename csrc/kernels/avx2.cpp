@@ -10,54 +10,43 @@
 TI4_TARGET("avx2,fma,f16c")
 
 #include "avx2_vectors.h"
-#include "loops.h"
 #include "loops_float.h"
 #include "loops_quantize.h"
+#include "planes.h"
 
 namespace torch_int4 {
 namespace {
 
-// The weights of 4 inputs, 8 rows a vector, at most 15 each; quad j of 32 inputs. kNibble: the part of an 8-bit code.
-struct Int4LinesPlane {
-  static TI4_INLINE __m256i load(const uint8_t* w, int j, int half, const Codebook*) {
-    const __m256i line = load256(w + j / 2 * kLineBytes + half * 32);
-    return j % 2 ? Avx2Vectors::high_nibbles(line) : Avx2Vectors::low_nibbles(line);
-  }
-};
+// The weights of 4 inputs, quad j of 32 inputs, at most 15 each. kNibble: the part of an 8-bit code.
+struct Avx2Planes : Avx2Vectors {
+  struct Int4 {
+    static TI4_INLINE __m256i load(const uint8_t* w, int j, int half, const Codebook*) {
+      const __m256i line = load256(w + j / 2 * kLineBytes + half * 32);
+      return j % 2 ? high_nibbles(line) : low_nibbles(line);
+    }
+  };
+  template <int kNibble>
+  struct Int8 {
+    static TI4_INLINE __m256i load(const uint8_t* w, int j, int half, const Codebook*) {
+      const __m256i line = load256(w + j * kLineBytes + half * 32);
+      return kNibble ? high_nibbles(line) : low_nibbles(line);
+    }
+  };
+  template <int kNibble>
+  struct Book {
+    static TI4_INLINE __m256i load(const uint8_t* w, int j, int half, const Codebook* book) {
+      return lookup_bytes(book->planes[kNibble], Int4::load(w, j, half, book));
+    }
+  };
+  struct Unpacked {
+    static TI4_INLINE __m256i load(const uint8_t* w, int j, int half, const Codebook*) {
+      return load256(w + j * kLineBytes + half * 32);
+    }
+  };
 
-template <int kNibble>
-struct Int8LinesPlane {
-  static TI4_INLINE __m256i load(const uint8_t* w, int j, int half, const Codebook*) {
-    const __m256i line = load256(w + j * kLineBytes + half * 32);
-    return kNibble ? Avx2Vectors::high_nibbles(line) : Avx2Vectors::low_nibbles(line);
-  }
-};
-
-template <int kNibble>
-struct BookLinesPlane {
-  static TI4_INLINE __m256i load(const uint8_t* w, int j, int half, const Codebook* book) {
-    return Avx2Vectors::lookup_bytes(book->planes[kNibble], Int4LinesPlane::load(w, j, half, book));
-  }
-};
-
-struct UnpackedPlane {
-  static TI4_INLINE __m256i load(const uint8_t* w, int j, int half, const Codebook*) {
-    return load256(w + j * kLineBytes + half * 32);
-  }
-};
-
-struct Avx2 : Avx2Vectors {
-  static constexpr int kTileRows = 3, kDirectRows = 4, kFloatRows = 6;
-
-  template <WeightType T>
-  static constexpr int unpacked_bytes() {
-    return kSlab * kPanelRows * (T == WeightType::kInt4 ? 1 : 2);
-  }
-
-  // dot += weight * (the inner products of 32 inputs of one plane with M rows); weight is the int16 multiplier.
   template <class Plane, int M>
-  static TI4_INLINE void dot_plane(I (&dot)[M], const uint8_t* w, const int8_t* x, __m256i weight,
-                                   const Codebook* book) {
+  static TI4_INLINE void dot(I (&sums)[M], const uint8_t* w, const int8_t* x, int factor, const Codebook* book) {
+    const __m256i weight = _mm256_set1_epi16(short(factor));
     __m256i low[M], high[M];
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
@@ -75,30 +64,15 @@ struct Avx2 : Avx2Vectors {
       }
     }
     for (int m = 0; m < M; ++m) {
-      dot[m].lo = _mm256_add_epi32(dot[m].lo, _mm256_madd_epi16(low[m], weight));
-      dot[m].hi = _mm256_add_epi32(dot[m].hi, _mm256_madd_epi16(high[m], weight));
+      sums[m].lo = _mm256_add_epi32(sums[m].lo, _mm256_madd_epi16(low[m], weight));
+      sums[m].hi = _mm256_add_epi32(sums[m].hi, _mm256_madd_epi16(high[m], weight));
     }
   }
+};
 
-  template <class Low, class High, int M>
-  static TI4_INLINE void dot_planes(I (&dot)[M], const uint8_t* low, const uint8_t* high, const int8_t* x,
-                                    const Codebook* book) {
-    dot_plane<Low, M>(dot, low, x, _mm256_set1_epi16(1), book);
-    TI4_KEEP_MEMORY();
-    dot_plane<High, M>(dot, high, x, _mm256_set1_epi16(16), book);
-  }
-
-  template <Source S, int M>
-  static TI4_INLINE void dot32(I (&dot)[M], const uint8_t* w, const int8_t* x, const Codebook* book) {
-    const __m256i one = _mm256_set1_epi16(1);
-    if constexpr (S == Source::kInt4Lines) dot_plane<Int4LinesPlane, M>(dot, w, x, one, book);
-    if constexpr (S == Source::kUnpacked4) dot_plane<UnpackedPlane, M>(dot, w, x, one, book);
-    if constexpr (S == Source::kInt8Lines) dot_planes<Int8LinesPlane<0>, Int8LinesPlane<1>, M>(dot, w, w, x, book);
-    if constexpr (S == Source::kBookLines) dot_planes<BookLinesPlane<0>, BookLinesPlane<1>, M>(dot, w, w, x, book);
-    if constexpr (S == Source::kUnpacked8) {
-      dot_planes<UnpackedPlane, UnpackedPlane, M>(dot, w, w + kSlab * kPanelRows, x, book);
-    }
-  }
+struct Avx2 : PlaneProducts<Avx2Planes, Avx2Vectors> {
+  using Planes = Avx2Planes;
+  static constexpr int kTileRows = 3, kDirectRows = 4, kFloatRows = 6;
 
   // 32 inputs of a panel: int4 becomes one byte per weight, 8-bit codes the plane of their low nibbles and that of their
   // high ones.

@@ -19,7 +19,7 @@ struct Avx512Vnni : Avx512Vectors {
   static TI4_INLINE __m512i load_codes(const uint8_t* w, int j, const Codebook* book) {
     if constexpr (S == Source::kInt4Lines || S == Source::kBookLines) {
       const __m512i line = _mm512_loadu_si512(w + j / 2 * kLineBytes);
-      const __m512i nibbles = _mm512_and_si512(j % 2 ? _mm512_srli_epi16(line, 4) : line, _mm512_set1_epi8(15));
+      const __m512i nibbles = j % 2 ? high_nibbles(line) : low_nibbles(line);
       return S == Source::kBookLines ? lookup_bytes(book->planes[2], nibbles) : nibbles;
     } else {
       return _mm512_loadu_si512(w + j * kLineBytes);

@@ -2,6 +2,7 @@
 // [input][16] floats and all rows sweep over it. Sums run over the inputs in ascending order, one fused
 // multiply-add each, as in the reference, so the results are the same bits for every tile shape.
 #pragma once
+#include "loops.h"
 
 namespace torch_int4 {
 namespace {
