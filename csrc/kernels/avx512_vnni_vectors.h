@@ -7,7 +7,7 @@ namespace torch_int4 {
 namespace {
 
 struct Avx512Vnni : Avx512Vectors {
-  static constexpr int kTileRows = 12, kDirectRows = 8, kFloatRows = 14;
+  static constexpr int kTileRows = 12, kDirectRows = 8, kDirectLimit = 16, kFloatRows = 14;
 
   // Int8 lines are what dpbusd reads: they stay where they are.
   template <WeightType T>

@@ -16,7 +16,7 @@ namespace torch_int4 {
 namespace {
 
 struct AvxVnni : Avx2Vectors {
-  static constexpr int kTileRows = 4, kDirectRows = 2, kFloatRows = 6;
+  static constexpr int kTileRows = 4, kDirectRows = 2, kDirectLimit = 8, kFloatRows = 6;
 
   // Int8 lines are what dpbusd reads: they stay where they are.
   template <WeightType T>

@@ -3,7 +3,7 @@
 //
 // V supplies: F and I (16 floats, 16 int32) with load/store/arithmetic; dot32<Source, M>, the inner product of 32
 // inputs of a panel with M rows; unpack<WeightType> and unpacked_bytes<WeightType> (0: tiles read the packed lines);
-// kTileRows, kDirectRows, kFloatRows (rows of the register tiles).
+// kTileRows, kDirectRows, kFloatRows (rows of the register tiles); kDirectLimit (more rows than this are tiled).
 #pragma once
 
 namespace torch_int4 {
@@ -84,6 +84,13 @@ struct Int8Loops {
     return g;
   }
 
+  // Panels are read in pieces of 1 KiB and less, too short for the processor to look ahead by itself.
+  static TI4_INLINE void prefetch_slab(const uint8_t* codes) {
+    constexpr int kAhead = 1024;
+#pragma GCC unroll 8
+    for (int i = 0; i < slab_bytes(T); i += kLineBytes) __builtin_prefetch(codes + kAhead + i);
+  }
+
   static TI4_INLINE I start(int32_t sum) {
     return V::set_int(O == Offset::kSymmetric ? -(T == WeightType::kInt4 ? 8 : 128) * sum : 0);
   }
@@ -119,6 +126,7 @@ struct Int8Loops {
         for (int m = 0; m < M; ++m) dot[m] = start(sum[m]);
         const int8_t* xs = x;
         for (int64_t k = 0; k < inputs; k += kSlab, xs += a.rows * kSlab) {
+          if constexpr (M > 2) prefetch_slab(codes[p]);  // fewer rows leave the processor time to look ahead by itself
           V::template dot32<packed_source(T), M>(dot, codes[p], xs, w.book);
           codes[p] += slab_bytes(T);
         }
@@ -135,23 +143,20 @@ struct Int8Loops {
     }
   }
 
-  // Splits a range of panels into P segments and reads one panel of each at a time: P streams for the prefetchers.
+  // All rows over P panels, in groups of M: the second group finds the panels in the cache.
   template <int M, int P>
-  static void direct(const PackedWeight& w, const QuantizedRows& a, int64_t row, int64_t first, int64_t last,
-                     const Output& out) {
-    const int64_t segment = (last - first) / P;
-    for (int64_t i = 0; i < segment; ++i) direct_panels<M, P>(w, a, row, first + i, segment, out);
-    for (int64_t i = first + P * segment; i < last; ++i) direct_panels<M, 1>(w, a, row, i, 0, out);
+  static TI4_INLINE void direct_groups(const PackedWeight& w, const QuantizedRows& a, int64_t row, int64_t panel,
+                                       int64_t apart, const Output& out) {
+    for (; row + M <= a.rows; row += M) direct_panels<M, P>(w, a, row, panel, apart, out);
+    if constexpr (M > 1) direct_groups<M - 1, P>(w, a, row, panel, apart, out);
   }
 
-  template <int M>
-  static void direct_rows(const PackedWeight& w, const QuantizedRows& a, int64_t first, int64_t last, int streams,
-                          const Output& out) {
-    if constexpr (M > 1) {
-      if (a.rows < M) return direct_rows<M - 1>(w, a, first, last, streams, out);
-    }
-    if (streams > 1) direct<M, kStreams>(w, a, 0, first, last, out);
-    else direct<M, 1>(w, a, 0, first, last, out);
+  // Splits a range of panels into P segments and reads one panel of each at a time: P streams for the prefetchers.
+  template <int P>
+  static void direct(const PackedWeight& w, const QuantizedRows& a, int64_t first, int64_t last, const Output& out) {
+    const int64_t segment = (last - first) / P;
+    for (int64_t i = 0; i < segment; ++i) direct_groups<V::kDirectRows, P>(w, a, 0, first + i, segment, out);
+    for (int64_t i = first + P * segment; i < last; ++i) direct_groups<V::kDirectRows, 1>(w, a, 0, i, 0, out);
   }
 
   // One register tile: M rows x one panel over one block of unpacked weights; the sums in c are [rows][16] floats.
@@ -198,6 +203,7 @@ struct Int8Loops {
           const int64_t inputs = smaller(w.block, w.padded_inputs - b * w.block);
           const uint8_t* weights = kUnpacked ? unpacked : codes;
           for (int64_t k = 0; k < inputs / kSlab; ++k, codes += slab_bytes(T)) {
+            prefetch_slab(codes);
             if constexpr (kUnpacked != 0) V::template unpack<T>(codes, unpacked + k * kUnpacked, w.book);
           }
           const Group g = load_group(w, panel, b / w.blocks_per_group());
@@ -218,8 +224,9 @@ struct Int8Loops {
 
   static void run(const PackedWeight& w, const QuantizedRows& a, int64_t first, int64_t last, int streams,
                   const Output& out) {
-    if (a.rows <= V::kDirectRows) direct_rows<V::kDirectRows>(w, a, first, last, streams, out);
-    else tiled(w, a, first, last, out);
+    if (a.rows > V::kDirectLimit) tiled(w, a, first, last, out);
+    else if (streams > 1) direct<kStreams>(w, a, first, last, out);
+    else direct<1>(w, a, first, last, out);
   }
 };
 
