@@ -18,6 +18,7 @@ import torch_int4
 from torch_int4 import Int4Error, Int4Weight, ops
 
 from . import peers
+from .contestants import Contestant, Ours, ours
 from .points import Point, WeightPoint, by_weight
 from .roofline import Limit, Roofline
 
@@ -106,7 +107,7 @@ def run(
     """Measures `points` for the kernel sets `isas` (the one in use if none is given) and every peer there is.
 
     A point takes about `seconds`, or longer where three rounds need it. The memory is that of `rotate` bytes for each
-    contestant, about 2.5 GB with all peers.
+    contestant, about 3 GB with all peers.
 
     Raises:
         Int4Error: for a kernel set that cannot run here, or a contestant whose results are wrong.
@@ -122,12 +123,12 @@ def run(
         for weight_point, chosen in by_weight(points).items():
             note(f"{weight_point.label}: building copies")
             weight = random_weight(weight_point)
-            layers = peers.ours(weight, rotate)
+            layers = ours(weight, rotate)
             others = [build() for build in peers.builders(weight, rotate).values()] if with_peers else []
             dense = weight.dequantize()
             for point in chosen:
                 note(f"{weight_point.label}, {point.rows} rows, {point.compute}")
-                mine = [peers.Ours(layers, isa, point.compute) for isa in isas or (before,)]
+                mine = [Ours(layers, isa, point.compute) for isa in isas or (before,)]
                 rows += _measure(point, [*mine, *others], dense, roofline, seconds)
             del layers, others, dense
     finally:
@@ -167,7 +168,7 @@ def roof_of(row: Row, roofline: Roofline) -> Limit | None:
 
 
 def _measure(
-    point: Point, contestants: list[peers.Contestant], dense: Tensor, roofline: Roofline, seconds: float
+    point: Point, contestants: list[Contestant], dense: Tensor, roofline: Roofline, seconds: float
 ) -> list[Row]:
     x = torch.randn(point.rows, point.weight.K, generator=torch.Generator().manual_seed(1))
     errors = [_error(contestant, x, dense) for contestant in contestants]
@@ -185,13 +186,13 @@ def _measure(
             times[i].append(_pass(contestants[i]))
             kernels[i] = contestants[i].kernels()
         time.sleep(_PAUSE)
-        for isa in {contestant.isa for contestant in contestants if isinstance(contestant, peers.Ours)}:
+        for isa in {contestant.isa for contestant in contestants if isinstance(contestant, Ours)}:
             roofline.refresh(isa)
     return [
         Row(
             point=point,
             contestant=contestant.name,
-            ours=isinstance(contestant, peers.Ours),
+            ours=isinstance(contestant, Ours),
             kernels=kernel,
             nbytes=contestant.nbytes,
             copies=contestant.copies,
@@ -204,7 +205,7 @@ def _measure(
     ]
 
 
-def _pass(contestant: peers.Contestant) -> float:
+def _pass(contestant: Contestant) -> float:
     """Seconds of one product, the mean over all copies."""
     time.sleep(_PAUSE)
     start = time.perf_counter()
@@ -212,7 +213,7 @@ def _pass(contestant: peers.Contestant) -> float:
     return (time.perf_counter() - start) / contestant.copies
 
 
-def _error(contestant: peers.Contestant, x: Tensor, dense: Tensor) -> float:
+def _error(contestant: Contestant, x: Tensor, dense: Tensor) -> float:
     """The error of a few rows; also the warm-up, in which memory is allocated and threads start."""
     contestant.bind(x)
     y = contestant.run()[:_CHECKED_ROWS].float()

@@ -32,7 +32,8 @@ def main(
     4 rows, arithmetic from 16.
 
     Peers are found by what is installed (pip install "torch-int4[bench]"): ONNX Runtime, torch's own int4, bf16 and
-    fp32. Every result is checked against the dequantized weight. Compare figures within one run only.
+    fp32; and llama.cpp, if TORCH_INT4_LLAMA_CPP names the folder of its libggml.so. Every result is checked against
+    the dequantized weight. Compare figures within one run only.
 
     Examples:
 
@@ -69,7 +70,7 @@ def main(
     for line in (*report.machine_lines(result), *report.roof_lines(result.roofline)):
         wide.print(line, highlight=False, markup=False, soft_wrap=True)
     if peers and (missing := known.missing()):
-        wide.print(f"not installed, so not compared: {', '.join(missing)}", highlight=False)
+        wide.print(f"not found, so not compared: {', '.join(missing)}", highlight=False)
     if json is not None:
         output.write_json(json, report.as_json(result))
     if markdown is not None:
