@@ -20,7 +20,14 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Arguments that change nothing here. Any other one, unless it is None, is left to the stock module.
 HARMLESS = frozenset(
     ("attention_mask", "position_ids", "position_embeddings", "cache_position", "use_cache", "output_attentions")
-    + ("output_hidden_states", "return_dict", "num_items_in_batch", "past_key_values", "layer_past")
+    + (
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "num_items_in_batch",
+        "past_key_values",
+        "layer_past",
+    )
 )
 
 
@@ -91,21 +98,17 @@ def is_mask(mask: Any) -> bool:
     return isinstance(mask, Tensor) and mask.dim() == 4 and (mask.dtype == torch.bool or mask.dtype in FLOATS)
 
 
-def _is_served(
-    module: Any, layout: AttentionLayout, x: Tensor, mask: Any, cache: Any, kwargs: dict[str, Any]
-) -> bool:
+def _is_served(module: Any, layout: AttentionLayout, x: Tensor, mask: Any, cache: Any, kwargs: dict[str, Any]) -> bool:
     """Whether the operators give what the stock module would."""
     if module.training or x.dim() != 3 or x.dtype not in FLOATS or x.device.type != "cpu":
         return False
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters())):
         return False
-    if kwargs.get("output_attentions") or not is_mask(mask):
+    if kwargs.get("output_attentions") or not is_mask(mask) or (mask is None and not module.is_causal):
         return False
     if module.config._attn_implementation != layout.implementation:  # the user chose another one since
         return False
-    if any(
-        value is not None and name not in HARMLESS and name != layout.unrotated for name, value in kwargs.items()
-    ):
+    if any(value is not None and name not in HARMLESS and name != layout.unrotated for name, value in kwargs.items()):
         return False
     return _is_cache(module, layout, cache) and _has_rotation(module, layout, kwargs)
 
@@ -172,9 +175,7 @@ def _rotate(
     """The rotated query `[batch, tokens, heads, size]`, and key and value with heads before tokens."""
     keys, values = (x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]) for x in (key, value))
     length = torch.zeros(1, dtype=torch.int64)
-    query = torch.ops.torch_int4.rotary_append(
-        query, key, value, cos, sin, keys, values, None, None, length, **options
-    )
+    query = torch.ops.torch_int4.rotary_append(query, key, value, cos, sin, keys, values, None, None, length, **options)
     return query, keys, values
 
 

@@ -20,7 +20,7 @@ NAME = "torch_int4"  # transformers looks for "sdpa", "flash", "flex" and "eager
 # Arguments of the interface that change nothing here; the masks have the window.
 HARMLESS = frozenset(
     ("sliding_window", "position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states")
-    + ("position_embeddings", "return_dict", "num_items_in_batch")
+    + ("output_router_logits", "position_embeddings", "return_dict", "num_items_in_batch")
 )
 
 

@@ -48,5 +48,14 @@ class AttentionLayout:
     @property
     def attributes(self) -> tuple[str, ...]:
         """Names of the attributes that it has."""
-        names = (self.head_dim, self.scale, self.softcap, self.positions, self.repeats_kv, "config", "layer_idx")
+        names = (
+            self.head_dim,
+            self.scale,
+            self.softcap,
+            self.positions,
+            self.repeats_kv,
+            "config",
+            "layer_idx",
+            "is_causal",
+        )
         return tuple(name for name in names if name is not None)
