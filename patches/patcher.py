@@ -50,9 +50,9 @@ def patch(
 
     Every `nn.Linear` is replaced (and GPT-2's `Conv1D`), the projection onto the vocabulary and the
     embeddings as the config says. Attention runs in fused operators over a managed KV cache, where the model is of
-    a kind that we know; else it stays what it was. Float weights are freed layer by layer, so that at most one layer is held
-    in both forms. What was done is measured in `model.torch_int4_report`, which can be printed. Everything
-    is checked before anything is changed. Patching a model again with the same config does nothing.
+    a kind that we know; else it stays what it was. Float weights are freed layer by layer, so that at most one
+    layer is held in both forms. What was done is measured in `model.torch_int4_report`, which can be printed.
+    Everything is checked before anything is changed. Patching a model again with the same config does nothing.
 
     Args:
         model: any module on the CPU, with weights loaded.

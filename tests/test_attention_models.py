@@ -290,7 +290,7 @@ def test_copies_and_pickles_work(name, tmp_path):
 def test_attention_is_left_alone_when_asked():
     patched, reference = pair("llama", attention="stock")
     assert type(patched.model.layers[0].self_attn) is type(reference.model.layers[0].self_attn)
-    got, cache = without_operators(lambda: steps(patched, prompt(), 6))
+    _, cache = without_operators(lambda: steps(patched, prompt(), 6))
     assert type(cache) is DynamicCache
     assert "attention:" not in str(patched.torch_int4_report)
 

@@ -19,15 +19,20 @@ from torch_int4.subclass import Mixin
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Arguments that change nothing here. Any other one, unless it is None, is left to the stock module.
 HARMLESS = frozenset(
-    ("attention_mask", "position_ids", "position_embeddings", "cache_position", "use_cache", "output_attentions")
-    + (
-        "output_hidden_states",
-        "output_router_logits",
-        "return_dict",
-        "num_items_in_batch",
+    {
+        "attention_mask",
+        "position_ids",
+        "position_embeddings",
+        "cache_position",
         "past_key_values",
         "layer_past",
-    )
+        "use_cache",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "num_items_in_batch",
+    }
 )
 
 

@@ -14,14 +14,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from torch_int4.attention import FLOATS, attend, is_mask
+from torch_int4.attention import FLOATS, HARMLESS, attend, is_mask
 
 NAME = "torch_int4"  # transformers looks for "sdpa", "flash", "flex" and "eager" inside of names
-# Arguments of the interface that change nothing here; the masks have the window.
-HARMLESS = frozenset(
-    ("sliding_window", "position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states")
-    + ("output_router_logits", "position_embeddings", "return_dict", "num_items_in_batch")
-)
 
 
 def attention_forward(
@@ -38,7 +33,8 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention for `[batch, heads, tokens, head size]` and keys alike; returns `[batch, tokens, heads, size]`."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    unknown = any(x is not None and name not in HARMLESS for name, x in kwargs.items())
+    # The masks have the window.
+    unknown = any(x is not None and name not in HARMLESS and name != "sliding_window" for name, x in kwargs.items())
     if unknown or dropout or not _is_served(query, key, value, attention_mask):
         return _stock(
             module, query, key, value, attention_mask, dropout, scaling, causal=causal, softcap=softcap, **kwargs
