@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from torch_int4.attention_layout import AttentionLayout
@@ -49,7 +49,7 @@ class FusedAttention(Mixin):
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         query, key, value = _project(self, layout, hidden_states)
         cos, sin = _rotation(self, layout, kwargs)
-        rotary = {
+        rotary: dict[str, Any] = {
             "rotary_dim": 0 if cos is None else _rotary_dim(layout, cos),
             "interleaved": layout.interleaved,
         }
@@ -142,7 +142,7 @@ def _kv_heads(module: Any, layout: AttentionLayout) -> int:
     return int(getattr(module, layout.projections[1]).out_features // size)
 
 
-def _project(module: nn.Module, layout: AttentionLayout, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _project(module: Any, layout: AttentionLayout, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value, `[batch, tokens, their heads, head size]`."""
     size = getattr(module, layout.head_dim)
     if isinstance(layout.projections, str):
@@ -157,9 +157,7 @@ def _project(module: nn.Module, layout: AttentionLayout, x: Tensor) -> tuple[Ten
     return query, key, value
 
 
-def _rotation(
-    module: nn.Module, layout: AttentionLayout, kwargs: dict[str, Any]
-) -> tuple[Tensor | None, Tensor | None]:
+def _rotation(module: Any, layout: AttentionLayout, kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
     """Cosines and sines, `[batch or 1, tokens, rotated features or half of them]`."""
     if layout.unrotated is not None and kwargs.get(layout.unrotated) is not None:
         return None, None
@@ -184,11 +182,11 @@ def _rotate(
     return query, keys, values
 
 
-def _scale(module: nn.Module, layout: AttentionLayout) -> float:
+def _scale(module: Any, layout: AttentionLayout) -> float:
     if layout.scale is None:
         return float(getattr(module, layout.head_dim) ** -0.5)
     return float(getattr(module, layout.scale))
 
 
-def _softcap(module: nn.Module, layout: AttentionLayout) -> float:
+def _softcap(module: Any, layout: AttentionLayout) -> float:
     return 0.0 if layout.softcap is None else float(getattr(module, layout.softcap) or 0.0)

@@ -72,7 +72,7 @@ def _stock(
         return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=causal, **kwargs
         )
-    plain = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    plain = sys.modules[type(module).__module__].eager_attention_forward
     tokens, keys = query.shape[2], key.shape[2]
     if mask is None and causal and tokens > 1:
         mask = torch.ones(tokens, keys, dtype=torch.bool, device=query.device).tril()[None, None]

@@ -291,7 +291,7 @@ class Int4Cache(Cache):
         make = functools.partial(Int4CacheLayer, dtype=dtype, max_length=max_length, capacity=capacity)
         first = make()  # bad arguments are refused here and not in the first forward
         if config is None:
-            super().__init__(layer_class_to_replicate=make)  # type: ignore[arg-type]
+            super().__init__(layer_class_to_replicate=make)
         else:
             count = config.get_text_config(decoder=True).num_hidden_layers
             super().__init__(layers=[first, *(make() for _ in range(count - 1))])

@@ -5,7 +5,6 @@ The subclass carries the name of the stock class, by which transformers and its 
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch import nn
@@ -19,13 +18,22 @@ class Mixin:
     torch_int4_data: Any  # what the mixin needs to know of all modules of this class; hashable
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, *state = super().__reduce_ex__(protocol)
-        return _restore, (self.torch_int4_mixin, self.torch_int4_base, self.torch_int4_data), *state
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _restore, (self.torch_int4_mixin, self.torch_int4_base, self.torch_int4_data), *reduced[2:]
 
 
-@functools.cache
-def mixed(mixin: type[Mixin], base: type, data: Any = None) -> type:
+_made: dict[tuple[type[Mixin], type, Any], Any] = {}
+
+
+def mixed(mixin: type[Mixin], base: type, data: Any = None) -> Any:
     """The subclass of a stock class that behaves as the mixin says."""
+    key = (mixin, base, data)
+    if key not in _made:
+        _made[key] = _make(*key)
+    return _made[key]
+
+
+def _make(mixin: type[Mixin], base: type, data: Any) -> Any:
     fields = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
