@@ -85,7 +85,9 @@ def _manage_cache(decoder: Any, config: Int4Config) -> None:
 
     from ..default_cache import SETTING, is_replaceable, provide_cache
 
-    if is_replaceable(DynamicCache(config=decoder.config)) and not hasattr(decoder, SETTING):
+    if getattr(decoder.config, "add_cross_attention", False) or hasattr(decoder, SETTING):
+        return
+    if is_replaceable(DynamicCache(config=decoder.config)):
         setattr(decoder, SETTING, config.kv_cache)
         decoder.register_forward_pre_hook(provide_cache, with_kwargs=True)
 

@@ -78,8 +78,14 @@ def test_arbitrary_masks(name):
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}, {"prompt_lookup_num_tokens": 3}],
-    ids=["greedy", "beams", "sampling", "lookup"],
+    [
+        {},
+        {"num_beams": 3},
+        {"do_sample": True, "top_k": 20},
+        {"prompt_lookup_num_tokens": 3},
+        {"prefill_chunk_size": 5},
+    ],
+    ids=["greedy", "beams", "sampling", "lookup", "chunks"],
 )
 def test_generate(name, options):
     patched, reference = pair(name)

@@ -113,14 +113,15 @@ def _is_served(module: Any, layout: AttentionLayout, x: Tensor, mask: Any, cache
         return False
     if module.config._attn_implementation != layout.implementation:  # the user chose another one since
         return False
-    if any(value is not None and name not in HARMLESS and name != layout.unrotated for name, value in kwargs.items()):
-        return False
+    for name, value in kwargs.items():
+        if name not in HARMLESS and value is not None and name != layout.unrotated:
+            return False
     return _is_cache(module, layout, cache) and _has_rotation(module, layout, kwargs)
 
 
 def _is_cache(module: Any, layout: AttentionLayout, cache: Any) -> bool:
-    if isinstance(cache, Int4Cache):
-        return bool(cache.layer(module.layer_idx).holds(_kv_heads(module, layout)))
+    if isinstance(cache, Int4Cache):  # which a stock module that repeats key heads may have filled
+        return layout.repeats_kv is None or cache.layer(module.layer_idx).holds(_kv_heads(module, layout))
     return cache is None or (type(cache) in (DynamicCache, StaticCache) and not cache.offloading)
 
 
@@ -135,11 +136,10 @@ def _has_rotation(module: Any, layout: AttentionLayout, kwargs: dict[str, Any]) 
 
 
 def _kv_heads(module: Any, layout: AttentionLayout) -> int:
-    size = getattr(module, layout.head_dim)
-    if isinstance(layout.projections, str):
-        heads = getattr(module, layout.projections).out_features // size
-        return int(heads - module.config.num_attention_heads) // 2
-    return int(getattr(module, layout.projections[1]).out_features // size)
+    """How many keys a single projection gives, besides as many values and all queries."""
+    assert isinstance(layout.projections, str)
+    heads = getattr(module, layout.projections).out_features // getattr(module, layout.head_dim)
+    return int(heads - module.config.num_attention_heads) // 2
 
 
 def _project(module: Any, layout: AttentionLayout, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,7 +151,7 @@ def _project(module: Any, layout: AttentionLayout, x: Tensor) -> tuple[Tensor, T
         grouped = together.view(*x.shape[:2], kv_heads, -1, size)
         query, key, value = grouped[..., :-2, :].flatten(2, 3), grouped[..., -2, :], grouped[..., -1, :]
     else:
-        query, key, value = (getattr(module, name)(x).unflatten(-1, (-1, size)) for name in layout.projections)
+        query, key, value = (getattr(module, name)(x).view(*x.shape[:2], -1, size) for name in layout.projections)
     if layout.norms is not None:
         query, key = getattr(module, layout.norms[0])(query), getattr(module, layout.norms[1])(key)
     return query, key, value
