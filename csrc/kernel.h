@@ -77,6 +77,8 @@ struct Output {
   int terms;
 };
 
+struct AttentionTile;  // attention_kernel.h
+
 struct CpuFeatures {
   bool avx2, avx_vnni, avx512, avx512_vnni, avx512_bf16, amx_tile, amx_int8, amx_bf16;
 };
@@ -95,6 +97,13 @@ struct IsaKernels {
                       const Output&);
   // The same on float rows; bf16 rounds the dequantized weights to bfloat16 (the rows are rounded by the caller).
   void (*linear_float)(const PackedWeight&, const FloatRows&, int64_t first, int64_t last, bool bf16, const Output&);
+  // Rounds floats to `dtype`; with `clamp`, what overflows float16 becomes its largest number.
+  void (*from_float)(const float* source, int64_t count, DType dtype, bool clamp, void* target);
+  // Turns the first `dim` elements of x, as pairs (j, j + dim/2) or, interleaved, (2j, 2j+1), by angle j.
+  void (*rotate)(float* x, const float* cos, const float* sin, int64_t dim, bool interleaved);
+  // Attention of at most kFewRows rows to a span of keys, and of a tile of rows to any number of keys.
+  void (*attend_few)(const AttentionTile&);
+  void (*attend_many)(const AttentionTile&);
   IsaKernels* next;
 };
 

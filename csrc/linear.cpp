@@ -3,44 +3,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include <memory>
-#include <new>
-
+#include "buffer.h"
 #include "dispatch.h"
 
 namespace torch_int4 {
 namespace {
 
-// Memory that a thread keeps between calls, cache-line aligned; given back when it is unusually large.
-class Buffer {
- public:
-  template <class T>
-  T* get(int64_t count) {
-    const size_t bytes = size_t(count) * sizeof(T);
-    if (bytes > capacity_) {
-      data_.reset();
-      capacity_ = (bytes + 4095) / 4096 * 4096;
-      data_.reset(aligned_alloc(64, capacity_));
-      if (!data_) {
-        capacity_ = 0;
-        throw std::bad_alloc();
-      }
-    }
-    return static_cast<T*>(data_.get());
-  }
-  void trim(size_t limit) {
-    if (capacity_ > limit) data_.reset(), capacity_ = 0;
-  }
-
- private:
-  struct Free {
-    void operator()(void* p) const { free(p); }
-  };
-  std::unique_ptr<void, Free> data_;
-  size_t capacity_ = 0;
-};
-
-constexpr size_t kKeptBytes = size_t(32) << 20;
 constexpr int64_t kParallelElements = 1 << 15;  // preparing fewer elements of x than this is not worth a fork-join
 constexpr int64_t kThreadBytes = 1 << 15;       // weight bytes times rows that are worth a thread
 

@@ -16,32 +16,12 @@
 #include "linear.h"
 #include "memory.h"
 #include "pack.h"
+#include "tensors.h"
 
 namespace torch_int4 {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 constexpr int64_t kMaxGroup = 1024;
-
-void parallel(int64_t count, int64_t grain, ParallelBody body, void* context) {
-  torch::stable::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
-}
-
-std::string shape_text(const Tensor& t) {
-  std::string text = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
-  return text + "]";
-}
-
-DType float_type(ScalarType type, const char* what) {
-  if (type == ScalarType::Float) return DType::kF32;
-  if (type == ScalarType::BFloat16) return DType::kBF16;
-  STD_TORCH_CHECK(type == ScalarType::Half, "torch_int4: ", what, " must be float32, bfloat16 or float16");
-  return DType::kF16;
-}
 
 WeightType weight_type(const std::string& name) {
   if (name == "int4") return WeightType::kInt4;
@@ -92,20 +72,6 @@ PackedWeight make_shape(int64_t out_features, int64_t in_features, int64_t group
   w.block = w.group < kMaxBlock ? w.group : kMaxBlock;
   w.blocks = (w.padded_inputs + w.block - 1) / w.block;
   return w;
-}
-
-void check_tensor(const Tensor& t, const char* name, ScalarType type, const char* type_name,
-                  const std::vector<int64_t>& shape) {
-  STD_TORCH_CHECK(t.is_cpu(), "torch_int4: ", name, " must be a CPU tensor");
-  STD_TORCH_CHECK(t.scalar_type() == type, "torch_int4: ", name, " must be ", type_name);
-  STD_TORCH_CHECK(t.is_contiguous(), "torch_int4: ", name, " must be contiguous");
-  bool same = t.dim() == int64_t(shape.size());
-  std::string expected;
-  for (size_t i = 0; i < shape.size(); ++i) {
-    same = same && t.size(int64_t(i)) == shape[i];
-    expected += (i ? ", " : "") + std::to_string(shape[i]);
-  }
-  STD_TORCH_CHECK(same, "torch_int4: ", name, " has shape ", shape_text(t), " but must be [", expected, "]");
 }
 
 // A packed weight over three tensors whose shapes and types were checked against each other.

@@ -34,6 +34,8 @@ class PatchReport:
         config: how the model was quantized.
         linears: one entry per linear that was replaced.
         merged: operator calls that serve several linears with the same input.
+        fused: attention modules that run fused.
+        interfaces: decoders that call our attention by transformers' attention interface.
         skipped: (name, reason) of every linear and embedding left in float.
         embeddings: (name, bytes before, bytes after) of embeddings stored in fewer bytes.
         complete: False while patching, and when it failed half way.
@@ -42,6 +44,8 @@ class PatchReport:
     config: Int4Config
     linears: list[PatchedLinear] = field(default_factory=list)
     merged: int = 0
+    fused: int = 0
+    interfaces: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
     embeddings: list[tuple[str, int, int]] = field(default_factory=list)
     complete: bool = False
@@ -79,6 +83,10 @@ class PatchReport:
                 )
         if self.merged:
             lines.append(f"merged: {self.merged} operator calls serve linears with a shared input")
+        if self.fused:
+            lines.append(f"attention: {self.fused} modules fused, KV cache in {self.config.kv_cache}")
+        elif self.interfaces:
+            lines.append("attention: by transformers' attention interface")
         for entry in self.linears:
             if entry.shared:
                 lines.append(f"{entry.name}: its float weight stays in memory, because another module uses it")

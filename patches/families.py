@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from ..attention_layout import AttentionLayout
 from ..errors import Int4Error
 
 _NOT_FAMILIES = ("families", "patcher")  # and files whose name starts with an underscore
@@ -21,13 +22,16 @@ class Family:
     """Facts about the modules of a family. A family file sets `FAMILY = Family(...)`.
 
     Attributes:
-        shared_inputs: names of sibling linears that are given the same input, and therefore can run as one
-            operator call. The names are relative to the module that holds them; a module without them is
-            passed over.
+        shared_inputs: names of linears that are given the same input, and therefore can run as one operator
+            call. The names are relative to a module that holds them; a module without them is passed over.
+        not_shared_beside: names of modules that, beside such linears, give them different inputs.
+        attention: where attention modules keep what fused attention needs; None leaves them alone.
         head: path of the projection onto the vocabulary in a model that has no `get_output_embeddings()`.
     """
 
     shared_inputs: tuple[tuple[str, ...], ...] = ()
+    not_shared_beside: tuple[str, ...] = ()
+    attention: AttentionLayout | None = None
     head: str = "lm_head"
 
 

@@ -17,7 +17,7 @@ from ..config import Int4Config
 from ..errors import Int4Error
 from ..linear import Int4Linear
 from ..merge import merge_inputs
-from . import _scan, _ties, families
+from . import _attention, _scan, _ties, families
 from ._embedding import Bf16Embedding
 from ._report import PatchedLinear, PatchReport
 from ._scan import Target
@@ -49,9 +49,10 @@ def patch(
     """Replace the linears of `model` by int4 ones, in place, and return it.
 
     Every `nn.Linear` is replaced (and GPT-2's `Conv1D`), the projection onto the vocabulary and the
-    embeddings as the config says. Float weights are freed layer by layer, so that at most one layer is held
-    in both forms. What was done is measured in `model.torch_int4_report`, which can be printed. Everything
-    is checked before anything is changed. Patching a model again with the same config does nothing.
+    embeddings as the config says. Attention runs in fused operators over a managed KV cache, where the model is of
+    a kind that we know; else it stays what it was. Float weights are freed layer by layer, so that at most one
+    layer is held in both forms. What was done is measured in `model.torch_int4_report`, which can be printed.
+    Everything is checked before anything is changed. Patching a model again with the same config does nothing.
 
     Args:
         model: any module on the CPU, with weights loaded.
@@ -89,6 +90,9 @@ def patch(
         while embeddings:
             _store_bf16(*embeddings.pop(), report)
         report.merged += _merge(model, by_module)
+        fused, interfaces = _attention.fuse(model, by_module, config)
+        report.fused += fused
+        report.interfaces += interfaces
         report.skipped = skipped + kept
         report.complete = True
         _return_memory()
@@ -160,12 +164,21 @@ def _merge(model: nn.Module, by_module: dict[int, families.Family]) -> int:
     holders = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
     for parent in model.modules():
         family = by_module.get(id(parent))
-        for group in family.shared_inputs if family else ():
-            found = [parent._modules.get(name) for name in group]
+        if family is None or any(name in parent._modules for name in family.not_shared_beside):
+            continue
+        for group in family.shared_inputs:
+            found = [_descendant(parent, name) for name in group]
             linears = [m for m in found if isinstance(m, Int4Linear) and _may_merge(m) and holders[id(m)] == 1]
             if len(linears) == len(group) and merge_inputs(linears):
                 count += 1
     return count
+
+
+def _descendant(module: nn.Module, path: str) -> nn.Module | None:
+    found: nn.Module | None = module
+    for name in path.split("."):
+        found = found._modules.get(name) if found is not None else None
+    return found
 
 
 def _may_merge(linear: Int4Linear) -> bool:

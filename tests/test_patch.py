@@ -27,7 +27,7 @@ from torch_int4.recipes import rtn
 def test_llama_computes_with_the_dequantized_weights(tied, head, offsets):
     model = llama(tied)
     patched = copy.deepcopy(model)
-    assert patch(patched, compute="fp32", head=head, **offsets) is patched
+    assert patch(patched, compute="fp32", kv_cache="fp32", head=head, **offsets) is patched
     assert len(int4s(patched)) == 2 * 7 + (head != "float")
     assert list(linears(patched)) == (["lm_head"] if head == "float" else [])
     assert_same_model(model, patched, rtol=1e-4, atol=1e-4)
@@ -43,7 +43,7 @@ def test_int8_products_are_close():
 
 def test_generate_runs_and_agrees():
     model = llama()
-    patched = patch(copy.deepcopy(model), compute="fp32")
+    patched = patch(copy.deepcopy(model), compute="fp32", kv_cache="fp32")
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     want = dequantized(model, patched).generate(IDS, **options)
     assert torch.equal(patched.generate(IDS, **options), want)
@@ -85,7 +85,7 @@ def test_dtype_bias_and_training_mode_are_kept(dtype):
     for layer in model.model.layers:
         nn.init.normal_(layer.self_attn.q_proj.bias)
     model.model.layers[0].train()
-    patched = patch(copy.deepcopy(model), compute="fp32")
+    patched = patch(copy.deepcopy(model), compute="fp32", kv_cache="fp32")
     assert (patched.dtype, patched.device) == (dtype, torch.device("cpu"))
     assert logits(patched).dtype == dtype
     q_proj = patched.model.layers[0].self_attn.q_proj
@@ -138,7 +138,7 @@ def test_a_head_that_scales_by_the_tie_flag_keeps_scaling():
         tie_word_embeddings=True, decoder_start_token_id=0,
     )  # fmt: skip
     model = UMT5ForConditionalGeneration(config).eval()
-    patched = patch(copy.deepcopy(model), compute="fp32")
+    patched = patch(copy.deepcopy(model), compute="fp32", kv_cache="fp32")
     assert isinstance(patched.lm_head, Int4Linear)
     patched.tie_weights()
     assert patched.encoder.embed_tokens.weight is patched.shared.weight  # the other ties are still there
@@ -152,7 +152,7 @@ def test_a_head_that_scales_by_the_tie_flag_keeps_scaling():
 def test_linears_that_share_a_parameter_are_each_right():
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     model[1].weight = model[0].weight
-    patch(model, compute="fp32")
+    patch(model, compute="fp32", kv_cache="fp32")
     assert torch.equal(model[0].to_weight().codes, model[1].to_weight().codes)
     assert not model.torch_int4_report.linears[0].shared  # no module keeps the float weight
 
@@ -225,7 +225,7 @@ def test_a_family_can_be_given():
 @pytest.mark.parametrize("skipped", ["*.q_proj", "*.v_proj"])
 def test_incomplete_groups_are_not_merged(skipped):
     model = llama()
-    patched = patch(copy.deepcopy(model), compute="fp32", skip=(skipped,))
+    patched = patch(copy.deepcopy(model), compute="fp32", kv_cache="fp32", skip=(skipped,))
     assert patched.torch_int4_report.merged == 2
     assert_same_model(model, patched, rtol=1e-4, atol=1e-4)
 
@@ -234,7 +234,7 @@ def test_falcon_has_linears_of_its_own_class():
     torch.manual_seed(0)
     config = FalconConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
     model = FalconForCausalLM(config).eval()
-    patched = patch(copy.deepcopy(model), compute="fp32")
+    patched = patch(copy.deepcopy(model), compute="fp32", kv_cache="fp32")
     assert not linears(patched)
     assert len(int4s(patched)) == 2 * 4 + 1
     assert_same_model(model, patched, rtol=1e-3, atol=1e-3)
@@ -244,7 +244,7 @@ def test_gpt2_has_transposed_weights():
     torch.manual_seed(0)
     config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=99, n_positions=32, initializer_range=0.1)
     model = GPT2LMHeadModel(config).eval()
-    patched = patch(copy.deepcopy(model), compute="fp32")
+    patched = patch(copy.deepcopy(model), compute="fp32", kv_cache="fp32")
     assert len(int4s(patched)) == 2 * 4 + 1
     assert int4s(patched)["transformer.h.0.attn.c_attn"].out_features == 3 * 64
     assert_same_model(model, patched, rtol=1e-3, atol=1e-3)
@@ -254,7 +254,7 @@ def test_any_module_can_be_patched():
     model = nn.Sequential(nn.Linear(33, 65), nn.GELU(), nn.Linear(65, 7, bias=False))
     want = copy.deepcopy(model)
     x = torch.randn(2, 3, 33)
-    patch(model, compute="fp32")
+    patch(model, compute="fp32", kv_cache="fp32")
     got = model(x)
     for old, new in ((want[0], model[0]), (want[2], model[2])):
         old.weight = nn.Parameter(new.to_weight().dequantize())

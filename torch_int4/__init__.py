@@ -1,6 +1,8 @@
 """INT4 inference of Hugging Face models on CPUs: `torch_int4.patch(model)`."""
 
 from importlib import metadata as _metadata
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 from torch_int4.config import Int4Config
 from torch_int4.errors import Int4Error
@@ -9,5 +11,17 @@ from torch_int4.linear import Int4Linear
 from torch_int4.patches import patch
 from torch_int4.weight import Int4Weight
 
+if _TYPE_CHECKING:
+    from torch_int4.cache import Int4Cache
+
 __version__ = _metadata.version("torch-int4")
-__all__ = ["Int4Config", "Int4Error", "Int4Linear", "Int4Weight", "__version__", "info", "patch"]
+__all__ = ["Int4Cache", "Int4Config", "Int4Error", "Int4Linear", "Int4Weight", "__version__", "info", "patch"]
+
+
+def __getattr__(name: str) -> _Any:
+    """Int4Cache comes with transformers, which takes seconds to import."""
+    if name == "Int4Cache":
+        from torch_int4.cache import Int4Cache
+
+        return Int4Cache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

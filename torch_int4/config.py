@@ -11,6 +11,8 @@ COMPUTE = ("int8", "int8x2", "bf16", "fp32")
 ZEROS = ("integer", "float")
 HEADS = ("float", "int4", "int8")
 EMBEDDINGS = ("float", "bf16")
+KV_CACHES = ("auto", "fp32", "bf16", "fp16", "int8")
+ATTENTIONS = ("fused", "stock")
 GROUP_SIZES = "a multiple of 32 up to 128, a multiple of 128 up to 1024, or -1 (one group per row)"
 
 
@@ -38,6 +40,9 @@ class Int4Config:
         compute: arithmetic of the products. "int8" quantizes each row of the input; "int8x2" does so with
             about 15 bits; "bf16" and "fp32" dequantize the weights instead.
         head: the output projection onto the vocabulary: left in "float", or "int8" or "int4".
+        attention: "fused" runs attention in our operators, over a managed KV cache; "stock" leaves it alone.
+        kv_cache: what that cache stores: "fp32", "bf16", "fp16", "int8" with a scale per token and head, or "auto":
+            the model's dtype where it is 16 bits wide, bf16 where it is not.
         embeddings: "float" leaves input embeddings alone, "bf16" stores them in half the bytes of fp32.
         skip: `fnmatch` patterns of module names that stay in float, with everything below them.
 
@@ -52,6 +57,8 @@ class Int4Config:
     clip: bool = False
     compute: str = "int8"
     head: str = "int8"
+    attention: str = "fused"
+    kv_cache: str = "auto"
     embeddings: str = "float"
     skip: tuple[str, ...] = ()
 
@@ -69,6 +76,8 @@ class Int4Config:
         self._check_choice("zeros", ZEROS)
         self._check_choice("compute", COMPUTE)
         self._check_choice("head", HEADS)
+        self._check_choice("attention", ATTENTIONS)
+        self._check_choice("kv_cache", KV_CACHES)
         self._check_choice("embeddings", EMBEDDINGS)
         for name in ("symmetric", "clip"):
             if not isinstance(getattr(self, name), bool):

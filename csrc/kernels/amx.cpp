@@ -2,6 +2,7 @@
 // Tiles of 32 inputs serve every group size; the int32 sums of a block leave the tile and are scaled by AVX-512, in the
 // order of all other kernels, so that int8 results are the same bits. Up to 4 rows run on VNNI, where tiles idle.
 
+#include "../attention_kernel.h"
 #include "../kernel.h"
 #include "scalar.h"
 #include "simd.h"
@@ -10,6 +11,7 @@
 TI4_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,amx-tile,amx-int8,amx-bf16")
 
 #include "avx512_vnni_vectors.h"
+#include "loops_attention.h"
 #include "loops_float.h"
 #include "loops_quantize.h"
 
@@ -218,7 +220,8 @@ void amx_float(const PackedWeight& w, const FloatRows& a, int64_t first, int64_t
   else amx_bf16_typed<WeightType::kBook>(w, a, first, last, out);
 }
 
-IsaKernels kernels{"amx", 50, nullptr, loops_to_float<V>, loops_quantize<V>, amx_int8, amx_float, nullptr};
+IsaKernels kernels{"amx",  50, nullptr, loops_to_float<V>, loops_quantize<V>, amx_int8, amx_float, TI4_ATTENTION(V),
+                   nullptr};
 
 }  // namespace
 }  // namespace torch_int4

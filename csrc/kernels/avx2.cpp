@@ -2,6 +2,7 @@
 // 2 * 15 * 127 = 3810, so eight of them add up exactly in int16 and one madd serves 32 inputs.
 // Int8 weights run as two such planes, the low and the high nibble of each code.
 
+#include "../attention_kernel.h"
 #include "../kernel.h"
 #include "scalar.h"
 #include "simd.h"
@@ -10,6 +11,7 @@
 TI4_TARGET("avx2,fma,f16c")
 
 #include "avx2_vectors.h"
+#include "loops_attention.h"
 #include "loops_float.h"
 #include "loops_quantize.h"
 #include "planes.h"

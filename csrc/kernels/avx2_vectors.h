@@ -134,6 +134,30 @@ struct Avx2Vectors {
       store256(place + kLineBytes, high);
     }
   }
+
+  // What attention needs.
+  static constexpr int kScoreRows = 1, kValueVectors = 4;  // register tiles of attend_few
+  static constexpr int kTilePanels = 1, kTileKeys = 6;     // and of attend_many
+  TI4_V F max(F a, F b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }  // b where either is NaN
+  TI4_V F min(F a, F b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+  TI4_V F div(F a, F b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+  TI4_V F where_less(F a, F b, F yes, F no) {
+    return {_mm256_blendv_ps(no.lo, yes.lo, _mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)),
+            _mm256_blendv_ps(no.hi, yes.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ))};
+  }
+  TI4_V I shift_left(I a, int n) { return {_mm256_slli_epi32(a.lo, n), _mm256_slli_epi32(a.hi, n)}; }
+  TI4_V F as_float(I a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
+  TI4_V F load_int8(const void* p) {
+    const __m128i bytes = load128(p);
+    return to_float({_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))});
+  }
+  // The sums of the lanes of four vectors.
+  TI4_V void store_sums(float* p, const F (&x)[4]) {
+    const __m256 ab = _mm256_hadd_ps(_mm256_add_ps(x[0].lo, x[0].hi), _mm256_add_ps(x[1].lo, x[1].hi));
+    const __m256 cd = _mm256_hadd_ps(_mm256_add_ps(x[2].lo, x[2].hi), _mm256_add_ps(x[3].lo, x[3].hi));
+    const __m256 abcd = _mm256_hadd_ps(ab, cd);
+    _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+  }
 #undef TI4_V
 };
 

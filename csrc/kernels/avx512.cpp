@@ -1,5 +1,6 @@
 // AVX-512 F/BW/DQ/VL without VNNI (Skylake-SP and kin): the int16 sums of avx2.cpp, one 512-bit vector for 16 rows.
 
+#include "../attention_kernel.h"
 #include "../kernel.h"
 #include "scalar.h"
 #include "simd.h"
@@ -8,6 +9,7 @@
 TI4_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 
 #include "avx512_vectors.h"
+#include "loops_attention.h"
 #include "loops_float.h"
 #include "loops_quantize.h"
 #include "planes.h"

@@ -71,6 +71,29 @@ struct Avx512Vectors {
         dtype == DType::kF16 ? _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT) : _mm512_cvtepi32_epi16(round_bits(x));
     _mm256_storeu_si256(static_cast<__m256i*>(p), halves);
   }
+
+  // What attention needs.
+  static constexpr int kScoreRows = 4, kValueVectors = 8;  // register tiles of attend_few
+  static constexpr int kTilePanels = 2, kTileKeys = 8;     // and of attend_many
+  TI4_V F max(F a, F b) { return _mm512_max_ps(a, b); }    // b where either is NaN
+  TI4_V F min(F a, F b) { return _mm512_min_ps(a, b); }
+  TI4_V F div(F a, F b) { return _mm512_div_ps(a, b); }
+  TI4_V F where_less(F a, F b, F yes, F no) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
+  }
+  TI4_V I shift_left(I a, int n) { return _mm512_slli_epi32(a, unsigned(n)); }
+  TI4_V F as_float(I a) { return _mm512_castsi512_ps(a); }
+  TI4_V F load_int8(const void* p) {
+    return to_float(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+  }
+  // The sums of the lanes of four vectors.
+  TI4_V void store_sums(float* p, const F (&x)[4]) {
+    const F ab = add(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+    const F cd = add(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+    const F abcd = add(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    const __m256 y = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+    _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1)));
+  }
 #undef TI4_V
 };
 

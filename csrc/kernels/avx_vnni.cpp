@@ -1,5 +1,6 @@
 // AVX-VNNI (Alder Lake and later without AVX-512): dpbusd on 256-bit vectors.
 
+#include "../attention_kernel.h"
 #include "../kernel.h"
 #include "scalar.h"
 #include "simd.h"
@@ -9,6 +10,7 @@ TI4_TARGET("avx2,fma,f16c,avxvnni")
 
 #include "avx2_vectors.h"
 #include "loops.h"
+#include "loops_attention.h"
 #include "loops_float.h"
 #include "loops_quantize.h"
 

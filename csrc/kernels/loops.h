@@ -15,7 +15,17 @@ namespace {
 // The table of a kernel file whose vectors are V, and its registration; the latter stands outside the target region,
 // because it runs on every processor.
 #define TI4_KERNELS(name, rank, V) \
-  {name, rank, nullptr, loops_to_float<V>, loops_quantize<V>, loops_linear_int8<V>, loops_linear_float<V>, nullptr}
+  {name,                           \
+   rank,                           \
+   nullptr,                        \
+   loops_to_float<V>,              \
+   loops_quantize<V>,              \
+   loops_linear_int8<V>,           \
+   loops_linear_float<V>,          \
+   TI4_ATTENTION(V),               \
+   nullptr}
+// The part of the table that no instruction set has its own version of.
+#define TI4_ATTENTION(V) loops_from_float<V>, loops_rotate<V>, loops_attend_few<V>, loops_attend_many<V>
 #define TI4_REGISTER(condition)                                                                         \
   namespace torch_int4 {                                                                                \
   namespace {                                                                                           \

@@ -2,6 +2,7 @@
 #include <math.h>
 
 #include "../kernel.h"
+#include "reference_attention.h"
 #include "scalar.h"
 
 namespace torch_int4 {
@@ -125,7 +126,8 @@ void linear_float(const PackedWeight& w, const FloatRows& a, int64_t first, int6
 
 bool supported(const CpuFeatures&) { return true; }
 
-IsaKernels kernels{"reference", 0, supported, to_float, quantize, linear_int8, linear_float, nullptr};
+IsaKernels kernels{"reference",  0,          supported, to_float, quantize, linear_int8,
+                   linear_float, from_float, rotate,    attend,   attend,   nullptr};
 [[maybe_unused]] const bool registered = register_kernels(&kernels);
 
 }  // namespace

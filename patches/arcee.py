@@ -1,0 +1,3 @@
+"""Arcee: attention as in Llama."""
+
+from .llama import FAMILY as FAMILY

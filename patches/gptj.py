@@ -1,0 +1,16 @@
+"""GPT-J: attention and MLP of a block get the same input; the rotation interleaves pairs of the first features."""
+
+from ..attention_layout import AttentionLayout
+from .families import Family
+
+FAMILY = Family(
+    shared_inputs=(("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.fc_in"),),
+    attention=AttentionLayout(
+        output="out_proj",
+        cache="layer_past",
+        scale=None,
+        positions="embed_positions",
+        implementation="eager",  # the only one that it has on CPUs
+        interleaved=True,
+    ),
+)

@@ -1,0 +1,3 @@
+"""Mixtral: attention as in Llama."""
+
+from .llama import FAMILY as FAMILY

@@ -1,0 +1,3 @@
+"""Qwen2-MoE: attention as in Qwen2."""
+
+from .llama import FAMILY as FAMILY

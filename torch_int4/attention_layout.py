@@ -1,0 +1,61 @@
+"""What fused attention needs to know about a family's attention modules: data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AttentionLayout:
+    """Where the attention modules of a family keep things. All fields are names, but for the last.
+
+    Attributes:
+        projections: of the linears for query, key and value; or of the single one that gives all three, per kv head
+            its query heads, the key and the value.
+        output: of the output projection.
+        cache: of the argument of `forward` that holds the KV cache.
+        head_dim: of the attribute with the size of a head.
+        scale: of the attribute with the factor of the scores, None for `head_dim ** -0.5`.
+        softcap: of the attribute with the cap of the scores, if there can be one.
+        norms: of the norms of query and key heads, before the rotation, if there are any.
+        positions: of the buffer `[positions, features]` of sines followed by cosines, from which rows are taken by
+            the argument `position_ids`; None where the argument `position_embeddings` brings (cosines, sines).
+        unrotated: of an argument that comes instead of a rotation; what it adds to the scores is in the mask already.
+        repeats_kv: of the attribute that says whether the stock module caches a key head once per query head.
+        implementation: of transformers' attention, whose masks the stock module takes.
+        interleaved: whether a rotation turns pairs of neighbours, not of halves.
+    """
+
+    projections: tuple[str, ...] | str = ("q_proj", "k_proj", "v_proj")
+    output: str = "o_proj"
+    cache: str = "past_key_values"
+    head_dim: str = "head_dim"
+    scale: str | None = "scaling"
+    softcap: str | None = None
+    norms: tuple[str, str] | None = None
+    positions: str | None = None
+    unrotated: str | None = None
+    repeats_kv: str | None = None
+    implementation: str = "sdpa"
+    interleaved: bool = False
+
+    @property
+    def children(self) -> tuple[str, ...]:
+        """Names of the modules that an attention module of this family holds."""
+        projections = (self.projections,) if isinstance(self.projections, str) else self.projections
+        return (*projections, self.output, *(self.norms or ()))
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """Names of the attributes that it has."""
+        names = (
+            self.head_dim,
+            self.scale,
+            self.softcap,
+            self.positions,
+            self.repeats_kv,
+            "config",
+            "layer_idx",
+            "is_causal",
+        )
+        return tuple(name for name in names if name is not None)

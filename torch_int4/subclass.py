@@ -1,0 +1,58 @@
+"""Giving a module more behaviour in place: its class becomes a subclass, made once, of the class that it had.
+
+The subclass carries the name of the stock class, by which transformers and its neighbours recognise modules.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+class Mixin:
+    """Base of what is mixed in. Such modules can be pickled and copied, which classes made on the fly cannot."""
+
+    torch_int4_base: type  # the stock class
+    torch_int4_mixin: type
+    torch_int4_data: Any  # what the mixin needs to know of all modules of this class; hashable
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _restore, (self.torch_int4_mixin, self.torch_int4_base, self.torch_int4_data), *reduced[2:]
+
+
+_made: dict[tuple[type[Mixin], type, Any], Any] = {}
+
+
+def mixed(mixin: type[Mixin], base: type, data: Any = None) -> Any:
+    """The subclass of a stock class that behaves as the mixin says."""
+    key = (mixin, base, data)
+    if key not in _made:
+        _made[key] = _make(*key)
+    return _made[key]
+
+
+def _make(mixin: type[Mixin], base: type, data: Any) -> Any:
+    fields = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "torch_int4_base": base,
+        "torch_int4_mixin": mixin,
+        "torch_int4_data": data,
+    }
+    return type(base.__name__, (mixin, base), fields)
+
+
+def mix_in(mixin: type[Mixin], module: nn.Module, data: Any = None) -> bool:
+    """Mixes into a module. Returns False where that has been done already."""
+    if isinstance(module, mixin):
+        return False
+    module.__class__ = mixed(mixin, type(module), data)
+    return True
+
+
+def _restore(mixin: type[Mixin], base: type, data: Any) -> Any:
+    made = mixed(mixin, base, data)
+    return made.__new__(made)
