@@ -57,8 +57,8 @@ class Point:
 class Row:
     """One contestant at one point; seconds are of one call, the mean over a pass through all copies.
 
-    `nbytes` is what a call reads of the cache (append: writes), with its scales. `speedup` is over the best of torch: of any type for
-    a step, of the same type (if it has it) for a prompt.
+    `nbytes` is what a call reads of the cache (append: writes), with its scales. `speedup` is over the best of torch:
+    of any type for a step, of the same type (if it has it) for a prompt.
     """
 
     point: Point
