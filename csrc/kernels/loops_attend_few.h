@@ -26,7 +26,12 @@ struct AttendFew {
   using S = Softmax<V>;
   using Cache = CacheLoads<V, C>;
   static constexpr int kKeys = 4;         // keys of a register tile of scores
+  static constexpr int kAhead = 2048;     // bytes: float32 rows are too long for the prefetchers of some processors
   static constexpr int kValueBlock = 64;  // keys whose values stay in L1 while all rows pass over them
+
+  static TI4_INLINE void prefetch(const char* p, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += kLineBytes) __builtin_prefetch(p + i);
+  }
 
   // Scores of R rows and four keys, of which the last ones may repeat.
   template <int R>
@@ -70,6 +75,7 @@ struct AttendFew {
     for (int64_t i = begin; i < end; i += kKeys, key += kKeys * step) {
       const char* keys[kKeys];
       for (int j = 0; j < kKeys; ++j) keys[j] = key + smaller(j, end - i - 1) * step;
+      for (int j = 0; j < kKeys; ++j) prefetch(key + j * step + kAhead, t.dim * Cache::kBytes);
       score_rows<V::kScoreRows>(t, keys, 0, scores + i);
     }
   }
@@ -112,6 +118,7 @@ struct AttendFew {
       for (int n = 0; n < N; ++n) acc[r][n] = V::load(sums + r * padded + n * kLanes);
     }
     for (int64_t i = 0; i < count; ++i, value += step) {
+      prefetch(value + kAhead, N * kLanes * Cache::kBytes);
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {
         const F x = Cache::load(value + n * kLanes * Cache::kBytes);
