@@ -28,7 +28,6 @@ struct AttendFew {
   static constexpr int kKeys = 4;         // keys of a register tile of scores
   static constexpr int kValueBlock = 16;  // keys of a stream whose values stay in L1 while all rows pass over them
 
-
   // Scores of R rows and four keys, `apart` from each other, of which the last ones may repeat.
   template <int R>
   static TI4_INLINE void score(const AttentionTile& t, const char* const (&keys)[kKeys], const float* query,
