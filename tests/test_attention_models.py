@@ -228,9 +228,9 @@ def test_training_and_checkpointing_are_left_to_the_stock_module(name):
 def test_attention_weights_can_be_recorded(name):
     patched, reference = pair(name)
     ids = prompt()
+    reference.config._attn_implementation_internal = "eager"  # Falcon's other one does not hide the future then
     if name not in ("falcon", "gptj"):
-        for model in (patched, reference):
-            model.set_attn_implementation("eager")
+        patched.set_attn_implementation("eager")
     with torch.no_grad():
         got = without_operators(lambda: patched(ids, output_attentions=True).attentions)
         want = reference(ids, output_attentions=True).attentions
