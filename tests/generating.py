@@ -90,3 +90,18 @@ def new_cache(kind, model, tokens=TOKENS + NEW):
     if kind == "dynamic":
         return DynamicCache(config=model.config)
     return Int4Cache(model.config, dtype="fp32", max_length=tokens if kind == "fixed" else None)
+
+
+@torch.no_grad()
+def steps(model, ids, first, cache=None, mask=None, **options):
+    """Logits of a prompt of `first` tokens and of each token after it, one at a time, and the cache."""
+    logits, start = [], 0
+    for end in range(first, ids.shape[1] + 1):
+        inputs = {"input_ids": ids[:, start:end], "past_key_values": cache, "use_cache": True, **options}
+        if mask is not None:
+            inputs["attention_mask"] = mask[:, :end]
+            inputs["position_ids"] = (mask[:, :end].cumsum(1) - 1).clamp(min=0)[:, start:end]
+        out = model(**inputs)
+        cache, start = out.past_key_values, end
+        logits.append(out.logits)
+    return torch.cat(logits, dim=1), cache
