@@ -46,7 +46,7 @@ class FusedAttention(Mixin):
         layout = self.torch_int4_data
         cache, mask = kwargs.get(layout.cache), kwargs.get("attention_mask")
         if args or not _is_served(self, layout, hidden_states, mask, cache, kwargs):
-            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+            return super().forward(hidden_states, *args, **_recordable(kwargs, hidden_states.dtype))  # type: ignore[misc]
         query, key, value = _project(self, layout, hidden_states)
         cos, sin = _rotation(self, layout, kwargs)
         rotary: dict[str, Any] = {
@@ -101,6 +101,21 @@ def is_mask(mask: Any) -> bool:
     if mask is None:
         return True
     return isinstance(mask, Tensor) and mask.dim() == 4 and (mask.dtype == torch.bool or mask.dtype in FLOATS)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask (True attends) as one that is added to scores of that dtype; others as they are."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def _recordable(kwargs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments for the stock module, which adds its mask where it records weights: a bool one would hide nothing."""
+    mask = kwargs.get("attention_mask")
+    if not kwargs.get("output_attentions") or not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        return kwargs
+    return {**kwargs, "attention_mask": additive(mask, dtype)}
 
 
 def _is_served(module: Any, layout: AttentionLayout, x: Tensor, mask: Any, cache: Any, kwargs: dict[str, Any]) -> bool:
