@@ -5,9 +5,6 @@ import functools
 
 import torch
 from decoders import GENERIC, MAIN, assert_near, pair, prompt
-from transformers import DynamicCache
-
-from torch_int4 import Int4Cache
 
 NAMES = [*MAIN, next(iter(GENERIC))]
 CLOSE = 2e-3  # norm of the difference to the norm; both models compute in fp32
@@ -15,8 +12,8 @@ NEW = 6  # tokens
 ROWS, TOKENS = 2, 12  # of prompt()
 RECORD = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
 PROCESSORS = {"repetition_penalty": 1.2, "bad_words_ids": [[1, 7], [5]], "remove_invalid_values": True}
-NO_EMPTY_PLACES = "falcon-rw"
-WHY_NOT_STATIC = "its bias has no columns for the empty places of a cache of fixed size, in transformers too"
+NO_EMPTY_PLACES = {"falcon-rw": RuntimeError}
+WHY_NOT_STATIC = "ALiBi of transformers has no columns for the empty places of a cache of fixed size"
 
 
 @functools.cache
@@ -25,14 +22,14 @@ def shared(name):
     return pair(name)
 
 
-def own(name, attention=None):
-    """Copies of both for tests that change them, with an attention implementation where the family lets one choose."""
-    patched, reference = (copy.deepcopy(model) for model in shared(name))
-    if attention is not None and patched._can_set_attn_implementation():
-        patched.set_attn_implementation(attention)
-    if attention is not None:
-        reference.config._attn_implementation_internal = attention
-    return patched, reference
+def with_eager(model):
+    """A copy with transformers' plain attention; of patched models that have no choice, the stock modules are it."""
+    model = copy.deepcopy(model)
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation("eager")
+    elif not hasattr(model, "torch_int4_report"):
+        model.config._attn_implementation_internal = "eager"
+    return model
 
 
 def generate(model, ids=None, **options):
@@ -40,12 +37,6 @@ def generate(model, ids=None, **options):
     torch.manual_seed(0)
     options = {"max_new_tokens": NEW, "do_sample": False, **RECORD, **options}
     return model.generate(ids, **options) if ids is not None else model.generate(**options)
-
-
-def of_both(name, ids=None, **options):
-    """What the patched model and the float one generate."""
-    ids = prompt() if ids is None else ids
-    return [generate(model, ids, **options) for model in shared(name)]
 
 
 def assert_same_tree(got, want, tolerance=CLOSE):
@@ -73,6 +64,15 @@ def assert_same_output(got, want, tolerance=CLOSE, but=()):
         assert_same_cache(got.past_key_values, want.past_key_values, tolerance)
 
 
+def assert_same_generation(patched, reference, ids=None, but=(), **options):
+    """Both generate the same, `options` being those of `generate`; returns the patched model's output."""
+    ids = prompt() if ids is None else ids
+    want = generate(reference, ids, **options)
+    got = generate(patched, ids, **options)
+    assert_same_output(got, want, but=but)
+    return got
+
+
 def assert_same_cache(got, want, tolerance=CLOSE):
     """Keys and values of the tokens in two caches; the stock one may repeat what ours holds once."""
     n = int(want.get_seq_length())
@@ -83,13 +83,6 @@ def assert_same_cache(got, want, tolerance=CLOSE):
             assert a.shape[0] == b.shape[0]
             repeated = a[:, :, :n].repeat_interleave(b.shape[1] // a.shape[1], dim=1)
             assert_near(repeated, b[:, :, :n], tolerance)
-
-
-def new_cache(kind, model, tokens=TOKENS + NEW):
-    """An empty cache to hand to `generate`."""
-    if kind == "dynamic":
-        return DynamicCache(config=model.config)
-    return Int4Cache(model.config, dtype="fp32", max_length=tokens if kind == "fixed" else None)
 
 
 @torch.no_grad()

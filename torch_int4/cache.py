@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from torch_int4.config import KV_CACHES
 from torch_int4.errors import Int4Error
 from torch_int4.kv_storage import KVStorage
 
@@ -22,6 +23,13 @@ class Int4CacheLayer(KVStorage):
 
     is_sliding = False  # the masks of sliding layers leave out what is too old; nothing is dropped
     is_croppable = True
+
+    def __init__(self, dtype: str = "auto", max_length: int | None = None, capacity: int = 0) -> None:
+        if dtype not in KV_CACHES:
+            raise Int4Error(f"dtype of the KV cache must be one of {', '.join(map(repr, KV_CACHES))}; got {dtype!r}")
+        if max_length is not None and max_length < 1:
+            raise Int4Error(f"max_length of the KV cache must be at least 1 token; got {max_length}")
+        super().__init__(dtype, max_length, capacity)
 
     # What fused attention calls
 

@@ -9,9 +9,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from torch_int4.config import KV_CACHES
-from torch_int4.errors import Int4Error
-
 BLOCK = 256  # tokens; capacities are multiples of it
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 
@@ -28,10 +25,6 @@ class KVStorage(CacheLayerMixin):
 
     def __init__(self, dtype: str = "auto", max_length: int | None = None, capacity: int = 0) -> None:
         super().__init__()
-        if dtype not in KV_CACHES:
-            raise Int4Error(f"dtype of the KV cache must be one of {', '.join(map(repr, KV_CACHES))}; got {dtype!r}")
-        if max_length is not None and max_length < 1:
-            raise Int4Error(f"max_length of the KV cache must be at least 1 token; got {max_length}")
         self.kind, self.max_length, self._hint = dtype, max_length, capacity
         self.is_compileable = max_length is not None
         self.key_scales: Tensor | None = None
