@@ -15,7 +15,8 @@ if sys.byteorder != "little":  # every reader views words as bytes
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
     """int32 (or uint8) `[R, C]` to uint8 `[R, C * values per word]`, for values of 4 or 8 bits."""
-    values = words.contiguous().view(torch.uint8)
+    # through one dimension: a stride of a dimension of size 1 may be anything, and views of another type check it
+    values = words.reshape(-1).view(torch.uint8).view(words.shape[0], words.shape[1] * words.element_size())
     return values if bits == 8 else split_nibbles(values)
 
 
@@ -25,7 +26,7 @@ def pack_words(values: Tensor, bits: int) -> Tensor:
     values = torch.nn.functional.pad(values, (0, -values.shape[1] % per_word))
     if bits == 4:
         values = values[:, 0::2] | (values[:, 1::2] << 4)
-    return values.contiguous().view(torch.int32)
+    return values.reshape(-1).view(torch.int32).view(values.shape[0], -1)
 
 
 def split_nibbles(pairs: Tensor) -> Tensor:

@@ -130,7 +130,7 @@ class CompressedTensors(Format):
         if packed.is_meta:
             raise Int4Error(f"{name}: its weight is on the meta device and has no values. Load the weights first")
         tensors = {key: value for key in self.suffixes(Settings()) if (value := getattr(module, key, None)) is not None}
-        settings = _weight_settings(f"{name}.quantization_scheme", weights.model_dump())
+        settings = _weight_settings(f"{name}.quantization_scheme", weights.model_dump(mode="json"))
         rows, inputs = (int(size) for size in tensors["weight_shape"])
         return self.read(tensors, settings, shape=(rows, inputs), name=name)
 
