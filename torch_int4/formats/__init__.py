@@ -11,13 +11,13 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import Int4Error
 from ..weight import Int4Weight
 from ._format import Format, Settings
 
-__all__ = ["Format", "Settings", "available", "convert_module", "find", "get"]
+__all__ = ["Format", "Settings", "available", "convert_module", "dense_module", "find", "get", "holds"]
 
 
 def available() -> tuple[str, ...]:
@@ -52,10 +52,24 @@ def find(config: Mapping[str, Any]) -> Format:
     raise Int4Error(f"quantization_config.quant_method: {method!r} is not read; known are: {', '.join(available())}")
 
 
+def holds(module: nn.Module) -> bool:
+    """Whether a live module was loaded by another backend in one of the formats."""
+    return any(get(known).holds(module) for known in available())
+
+
 def convert_module(module: nn.Module, *, name: str) -> Int4Weight | None:
     """The weight of a live module that another backend has loaded in one of the formats; else None."""
     for known in available():
         weight = get(known).convert_module(module, name=name)
+        if weight is not None:
+            return weight
+    return None
+
+
+def dense_module(module: nn.Module, *, name: str) -> Tensor | None:
+    """The float weight [N, K] of a live module of another backend whose codes no kernel of ours has; else None."""
+    for known in available():
+        weight = get(known).dense_module(module, name=name)
         if weight is not None:
             return weight
     return None

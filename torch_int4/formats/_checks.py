@@ -78,6 +78,16 @@ def floats(tensors: Mapping[str, Tensor], suffix: str, name: str, shape: tuple[i
     return tensor
 
 
+def on_cpu(tensor: Any, name: str) -> None:
+    """Raise for the tensor of a live module that has no values, or has them elsewhere."""
+    if tensor.is_meta:
+        raise Int4Error(f"{name}: its weight is on the meta device and has no values. Load the weights, then patch()")
+    if tensor.device.type != "cpu":
+        raise Int4Error(
+            f"{name}: its weight is on {tensor.device}. Kernels run on CPUs: model.to('cpu') before patch()"
+        )
+
+
 def count_groups(inputs: int, size: int) -> int:
     """Groups of a row, the last of which may be shorter."""
     return 1 if size == -1 else -(-inputs // size)

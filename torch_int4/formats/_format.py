@@ -75,6 +75,12 @@ class Format(abc.ABC):
             Int4Error: naming the tensor and the reason: a dtype, shape, value or combination that is wrong.
         """
 
+    def read_dense(
+        self, tensors: Mapping[str, Tensor], settings: Settings, *, shape: tuple[int, int], name: str
+    ) -> Tensor:
+        """fp32 `[N, K]` of a linear; also where `read` refuses because the codes lie on no grid of our kernels."""
+        return self.read(tensors, settings, shape=shape, name=name).dequantize()
+
     def write(self, weight: Int4Weight, settings: Settings, *, name: str) -> dict[str, Tensor]:
         """The tensors of one linear, {suffix: tensor}; reading them gives the same weight.
 
@@ -97,8 +103,22 @@ class Format(abc.ABC):
         """
         raise Int4Error(f"the format {self.name} is read, not written; save as compressed_tensors")
 
+    def holds(self, module: nn.Module) -> bool:
+        """Whether a live module was loaded by this format's own backend; no backend is imported to find out."""
+        return False
+
     def convert_module(self, module: nn.Module, *, name: str) -> Int4Weight | None:
-        """The weight of a live module that this format's own backend has loaded; None for any other module."""
+        """The weight of a live module that this format's own backend has loaded.
+
+        None for any other module, and for codes that lie on no grid of our kernels (see `dense_module`).
+
+        Raises:
+            Int4Error: naming the module: its tensors are damaged, repacked, or not on the CPU.
+        """
+        return None
+
+    def dense_module(self, module: nn.Module, *, name: str) -> Tensor | None:
+        """The float weight [N, K] of a live module of this backend that lies on no grid of ours; else None."""
         return None
 
     def linears(self, keys: Iterable[str], settings: Settings) -> dict[str, dict[str, str]]:

@@ -64,17 +64,22 @@ class AutoRound(Format):
             return awq.FORMAT.read(tensors, settings, shape=shape, name=name)
         return _gptq_codes.read(tensors, settings, minus_one=settings.layout == "v1", shape=shape, name=name)
 
-    def convert_module(self, module: nn.Module, *, name: str) -> Int4Weight | None:
-        """A pure torch linear of auto_round_extension that still holds the tensors of the file."""
+    def holds(self, module: nn.Module) -> bool:
+        """A pure torch linear of auto_round_extension."""
         owner = type(module).__module__
-        if not owner.startswith("auto_round_extension.torch.qlinear_torch"):
+        return owner.startswith("auto_round_extension.torch.qlinear_torch") and hasattr(module, "qweight")
+
+    def convert_module(self, module: nn.Module, *, name: str) -> Int4Weight | None:
+        """See `Format.convert_module`. Such a linear keeps the tensors of the file as they are."""
+        if not self.holds(module):
             return None
+        tensors: dict[str, Any] = {key: getattr(module, key) for key in ("qweight", "qzeros", "scales")}
+        _checks.on_cpu(tensors["qweight"], name)
         bits, size = getattr(module, "bits", None), getattr(module, "group_size", None)
-        tensors = {k: v for k in ("qweight", "qzeros", "scales") if isinstance(v := getattr(module, k, None), Tensor)}
-        if bits not in (4, 8) or not isinstance(size, int) or len(tensors) < 3:
-            raise Int4Error(f"{name}: {owner}.QuantLinear with bits={bits!r} is not served; 4 and 8 are")
+        if bits not in (4, 8) or not isinstance(size, int):
+            raise Int4Error(f"{name}: auto-round's linear with bits={bits!r} is not served; 4 and 8 are")
         rows, inputs = int(tensors["qweight"].shape[1]), int(tensors["qweight"].shape[0]) * 32 // bits
-        layout = "v1" if owner.endswith("qlinear_torch_zp") else "v2"
+        layout = "v1" if type(module).__module__.endswith("qlinear_torch_zp") else "v2"
         settings = Settings(bits, -1 if size == inputs else size, False, layout)
         return self.read(tensors, settings, shape=(rows, inputs), name=name)
 

@@ -104,22 +104,27 @@ class Awq(Format):
             "modules_to_not_convert": sorted(skipped) or None,
         }
 
-    def convert_module(self, module: nn.Module, *, name: str) -> Int4Weight | None:
-        """A linear of gptqmodel's or AutoAWQ's gemm kernels that still holds the tensors of the file."""
+    def holds(self, module: nn.Module) -> bool:
+        """A linear of AutoAWQ's gemm kernels, or of gptqmodel's AWQ ones."""
         owner, kind = type(module).__module__.partition(".")[0], type(module).__name__
-        if kind != "WQLinear_GEMM" and not (owner == "gptqmodel" and "awq" in kind.lower()):
+        tensors = (getattr(module, key, None) for key in ("qweight", "qzeros", "scales"))
+        known = kind == "WQLinear_GEMM" or (owner == "gptqmodel" and "awq" in kind.lower())
+        return known and all(isinstance(tensor, Tensor) for tensor in tensors)
+
+    def convert_module(self, module: nn.Module, *, name: str) -> Int4Weight | None:
+        """See `Format.convert_module`; only while the module still holds the tensors of the file."""
+        if not self.holds(module):
             return None
-        tensors = {k: v for k in self.suffixes(Settings()) if isinstance(v := getattr(module, k, None), Tensor)}
-        if len(tensors) < 3:
-            return None
-        rows = int(tensors["scales"].shape[-1])
-        inputs = int(getattr(module, "in_features", 0))
+        tensors: dict[str, Any] = {key: getattr(module, key) for key in ("qweight", "qzeros", "scales")}
+        _checks.on_cpu(tensors["qweight"], name)
+        rows, inputs = int(tensors["scales"].shape[-1]), int(module.in_features)  # type: ignore[arg-type]
         if tuple(tensors["qweight"].shape) != (inputs, rows // 8):
+            kind = type(module).__name__
             raise Int4Error(
-                f"{name}: {kind} has repacked its weight for its kernel; load the model with the torch backend"
+                f"{name}: {kind} has repacked its weight for its kernel; load the model with backend='torch'"
             )
-        size = getattr(module, "group_size", -1)
-        settings = Settings(4, -1 if size == inputs else int(size), False, "gemm")
+        size = int(getattr(module, "group_size", -1))
+        settings = Settings(4, -1 if size == inputs else size, False, "gemm")
         return self.read(tensors, settings, shape=(rows, inputs), name=name)
 
 

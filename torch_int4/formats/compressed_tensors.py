@@ -120,15 +120,18 @@ class CompressedTensors(Format):
             "kv_cache_scheme": None,
         }
 
-    def convert_module(self, module: nn.Module, *, name: str) -> Int4Weight | None:
-        """A linear that compressed-tensors holds compressed: it keeps the tensors of the file as they are."""
-        scheme = getattr(module, "quantization_scheme", None)
-        weights = getattr(scheme, "weights", None)
+    def holds(self, module: nn.Module) -> bool:
+        """A linear that compressed-tensors holds compressed."""
+        weights = getattr(getattr(module, "quantization_scheme", None), "weights", None)
         packed = getattr(module, "weight_packed", None)
-        if weights is None or not isinstance(packed, Tensor) or packed.dtype != torch.int32:
+        return weights is not None and isinstance(packed, Tensor) and packed.dtype == torch.int32
+
+    def convert_module(self, module: nn.Module, *, name: str) -> Int4Weight | None:
+        """See `Format.convert_module`. Such a linear keeps the tensors of the file as they are."""
+        if not self.holds(module):
             return None
-        if packed.is_meta:
-            raise Int4Error(f"{name}: its weight is on the meta device and has no values. Load the weights first")
+        weights: Any = module.quantization_scheme.weights  # type: ignore[union-attr]
+        _checks.on_cpu(module.weight_packed, name)
         tensors = {key: value for key in self.suffixes(Settings()) if (value := getattr(module, key, None)) is not None}
         settings = _weight_settings(f"{name}.quantization_scheme", weights.model_dump(mode="json"))
         rows, inputs = (int(size) for size in tensors["weight_shape"])

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import Int4Error
@@ -17,6 +16,8 @@ from ..weight import Int4Weight
 from . import _checks, _gptq_codes
 from ._format import Format, Settings
 
+KEYS = ("qweight", "qzeros", "scales", "g_idx")
+OWNERS = ("gptqmodel", "auto_gptq")
 VERSIONS = {"gptq": "v1", "gptq_v2": "v2"}
 
 
@@ -45,7 +46,6 @@ class Gptq(Format):
             version,
             _checks.flag(config, "desc_act", False),
             mixed=bool(config.get("dynamic")),
-            skip=(),
         )
 
     def suffixes(self, settings: Settings) -> dict[str, bool]:
@@ -89,34 +89,31 @@ class Gptq(Format):
         }
         return config | ({"dynamic": dynamic} if dynamic else {})
 
+    def holds(self, module: nn.Module) -> bool:
+        """A linear of gptqmodel or auto_gptq, but for their AWQ ones."""
+        owner, kind = type(module).__module__.partition(".")[0], type(module).__name__.lower()
+        tensors = (getattr(module, key, None) for key in ("qweight", "qzeros", "scales"))
+        return owner in OWNERS and "awq" not in kind and all(isinstance(tensor, Tensor) for tensor in tensors)
+
     def convert_module(self, module: nn.Module, *, name: str) -> Int4Weight | None:
-        """A linear of gptqmodel or auto_gptq that still holds the tensors of the file.
+        """See `Format.convert_module`; only while the module still holds the tensors of the file.
 
         gptqmodel's `qzero_format()` says whether the zero points have been turned into version 2 already.
         """
-        qweight, qzeros = getattr(module, "qweight", None), getattr(module, "qzeros", None)
-        owner = type(module).__module__.partition(".")[0]
-        if owner not in ("gptqmodel", "auto_gptq", "optimum") or getattr(module, "quant_type", "") == "awq":
+        if not self.holds(module):
             return None
-        if not isinstance(qweight, Tensor) or not isinstance(qzeros, Tensor) or "awq" in type(module).__name__.lower():
-            return None
+        tensors = {
+            key: value for key in KEYS if isinstance(value := getattr(module, key, None), Tensor) and value.numel()
+        }
+        _checks.on_cpu(tensors["qweight"], name)
         bits, size = getattr(module, "bits", None), getattr(module, "group_size", None)
-        if bits not in (4, 8) or not isinstance(size, int) or qweight.dtype != torch.int32:
+        if bits not in (4, 8) or not isinstance(size, int):
             raise Int4Error(f"{name}: {type(module).__name__} with bits={bits!r} and group_size={size!r} is not served")
         shape = (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
-        size = -1 if size == shape[1] else size
-        tensors = {
-            k: v for k in ("qweight", "qzeros", "scales", "g_idx") if isinstance(v := getattr(module, k, None), Tensor)
-        }
-        if tensors.get("g_idx") is not None and tensors["g_idx"].numel() == 0:
-            del tensors["g_idx"]
-        settings = Settings(bits, size, False, "v2" if _zero_version(module) == 2 else "v1")
+        version = getattr(module, "qzero_format", None)
+        layout = "v2" if callable(version) and version() == 2 else "v1"
+        settings = Settings(bits, -1 if size == shape[1] else size, False, layout)
         return self.read(tensors, settings, shape=shape, name=name)
-
-
-def _zero_version(module: nn.Module) -> int:
-    version = getattr(module, "qzero_format", None)
-    return int(version()) if callable(version) else 1
 
 
 def _literal(module: str) -> str:
