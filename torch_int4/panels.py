@@ -75,13 +75,16 @@ class PanelWriter:
 
     def __init__(self, folder: Path, name: str | None, names: Iterable[str]) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle, partial = tempfile.mkstemp(prefix=".partial-", dir=folder)
+        except OSError as error:
+            raise trouble(folder, error) from error
         room = _PAGE + sum(_ENTRY + 8 * len(name.encode()) for name in names)
         self._start = -(-room // _PAGE) * _PAGE
         self._header: dict[str, Any] = {}
         self._shapes: dict[str, dict[str, Any]] = {}
         self._final = None if name is None else folder / name
-        handle, partial = tempfile.mkstemp(prefix=".partial-", dir=folder)
         self._partial: str | None = partial
         self._file: IO[bytes] = os.fdopen(handle, "w+b")
         self._file.seek(self._start)
@@ -181,14 +184,28 @@ def _tensor(entry: dict[str, Any], memory: mmap.mmap, start: int) -> Tensor:
     return torch.frombuffer(memory, dtype=dtype, count=count, offset=start + begin).view(entry["shape"])
 
 
+def trouble(folder: Path, error: OSError) -> Int4Error:
+    """The error for a folder that cannot be written."""
+    return Int4Error(
+        f"{folder}: packed weights cannot be kept there ({error}); make room, or choose another folder by {VARIABLE} "
+        "or XDG_CACHE_HOME"
+    )
+
+
 def key_of(files: Iterable[str], facts: Any, folder: Path) -> str:
     """The name of the panels of a checkpoint: a hash of the contents of its files and of what is made of them.
 
     Args:
         files: of the checkpoint. Their hashes are remembered in `folder`, by path, size and times.
         facts: anything that JSON can hold.
+
+    Raises:
+        Int4Error: the folder cannot be written, or a file not be read.
     """
-    digests = [_digest(os.path.realpath(file), folder) for file in files]
+    try:
+        digests = [_digest(os.path.realpath(file), folder) for file in files]
+    except OSError as error:
+        raise trouble(folder, error) from error
     return hashlib.sha256(json.dumps([LAYOUT, digests, facts], sort_keys=True).encode()).hexdigest()
 
 

@@ -177,10 +177,7 @@ def _fill_through_file(
         for name, mapped in writer.finish().items():
             entries[name] = _settle(model, plan.pending[name], mapped, config)
     except OSError as error:
-        raise Int4Error(
-            f"{writer.folder}: packed weights cannot be written there ({error}); make room, or choose another "
-            f"folder by {panels.VARIABLE} or XDG_CACHE_HOME"
-        ) from error
+        raise panels.trouble(writer.folder, error) from error
     finally:
         writer.discard()
     return [entries[name] for name in plan.pending]
