@@ -4,6 +4,7 @@ from importlib import metadata as _metadata
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
+from torch_int4 import harness_hook as _harness_hook
 from torch_int4.config import Int4Config
 from torch_int4.errors import Int4Error
 from torch_int4.info import info
@@ -13,6 +14,8 @@ from torch_int4.weight import Int4Weight
 
 if _TYPE_CHECKING:
     from torch_int4.cache import Int4Cache
+
+_harness_hook.install()
 
 __version__ = _metadata.version("torch-int4")
 __all__ = ["Int4Cache", "Int4Config", "Int4Error", "Int4Linear", "Int4Weight", "__version__", "info", "patch"]
