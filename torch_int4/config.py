@@ -129,7 +129,8 @@ class Int4Config:
     def to_dict(self) -> dict[str, Any]:
         """The fields and the method as JSON knows them, for `config.json`."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {"quant_method": self.quant_method, **values, "skip": list(self.skip)}
+        lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
+        return {"quant_method": self.quant_method, **values, **lists}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """As `to_dict`: defaults may change between versions, so they are written too."""
@@ -146,10 +147,8 @@ class Int4Config:
         Raises:
             Int4Error: the method is another one, a name is not a field, or a value is not accepted.
         """
-        values = dict(config_dict)
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in config_dict.items()}
         method = values.pop("quant_method", cls.quant_method)
         if method != cls.quant_method:
             raise Int4Error(f"quant_method must be {cls.quant_method!r}, got {method!r}")
-        if isinstance(values.get("skip"), list):
-            values["skip"] = tuple(values["skip"])
         return cls.with_overrides(None, **{**values, **kwargs})
