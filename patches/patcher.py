@@ -17,7 +17,7 @@ from ..config import Int4Config
 from ..errors import Int4Error
 from ..linear import Int4Linear
 from ..merge import merge_inputs
-from . import _attention, _scan, _ties, families
+from . import _attention, _foreign, _scan, _ties, families
 from ._embedding import Bf16Embedding
 from ._report import PatchedLinear, PatchReport
 from ._scan import Target
@@ -49,9 +49,11 @@ def patch(
     """Replace the linears of `model` by int4 ones, in place, and return it.
 
     Every `nn.Linear` is replaced (and GPT-2's `Conv1D`), the projection onto the vocabulary and the
-    embeddings as the config says. Attention runs in fused operators over a managed KV cache, where the model is of
-    a kind that we know; else it stays what it was. Float weights are freed layer by layer, so that at most one
-    layer is held in both forms. What was done is measured in `model.torch_int4_report`, which can be printed.
+    embeddings as the config says. Linears that another backend has loaded (GPTQ, AWQ, AutoRound, compressed-tensors,
+    bitsandbytes, HQQ, torchao, GGUF) are taken over as they are, with the codes and groups that they have. Attention
+    runs in fused operators over a managed KV cache, where the model is of a kind that we know; else it stays what it
+    was. Float weights are freed layer by layer, so that at most one layer is held in both forms. What was
+    done is measured in `model.torch_int4_report`, which can be printed.
     Everything is checked before anything is changed. Patching a model again with the same config does nothing.
 
     Args:
@@ -74,21 +76,27 @@ def patch(
 
     by_module = families.of_modules(model, given)
     targets, skipped = _scan.find_targets(model, config, _scan.find_head(model, by_module[id(model)]))
+    foreign = _foreign.find(model, config)
+    taken = {name for target in foreign for name in target.names}
+    skipped = [entry for entry in skipped if entry[0] not in taken]
     embeddings, kept = _find_embeddings(model, config, targets)
-    if not targets and not any(isinstance(m, Int4Linear) for m in model.modules()):
+    if not targets and not foreign and not any(isinstance(m, Int4Linear) for m in model.modules()):
         raise Int4Error(_nothing_to_do(model, skipped))
 
-    if targets or embeddings or not report.complete:
+    if targets or foreign or embeddings or not report.complete:
         report.complete = False
         model.torch_int4_report = report  # type: ignore[assignment]
         ties = _ties.record(model)
         try:
+            _convert_foreign(foreign, config, report, progress)
             _convert_all(targets, config, report, progress)
         finally:  # also after a failure the rest has to stay consistent
             replaced = {name for target in targets if target.module is None for name in target.names}
             _ties.forget(model, ties, replaced)
         while embeddings:
             _store_bf16(*embeddings.pop(), report)
+        if foreign:
+            _foreign.forget_backend(model)
         report.merged += _merge(model, by_module)
         fused, interfaces = _attention.fuse(model, by_module, config)
         report.fused += fused
@@ -133,6 +141,17 @@ def _convert_all(targets: list[Target], config: Int4Config, report: PatchReport,
                 f"{target.name}: conversion failed after {done} of {len(targets)} linears, so the model is "
                 f"half int4 and must be loaded again: {error}"
             ) from error
+
+
+def _convert_foreign(
+    foreign: list[_foreign.Foreign], config: Int4Config, report: PatchReport, progress: bool | None
+) -> None:
+    for done, target in enumerate(_with_progress(foreign, progress)):
+        try:
+            _foreign.convert(target, config, report, HOOKS)
+        except Exception as error:
+            state = f"after {done} of {len(foreign)} linears, so the model must be loaded again" if done else "at once"
+            raise Int4Error(f"{target.name}: taking it over from its backend failed {state}: {error}") from error
 
 
 def _convert(target: Target, config: Int4Config) -> PatchedLinear:
