@@ -75,7 +75,11 @@ def plan_quantization(model: nn.Module, config: Int4Config, source: Source, name
         if target in wanted:
             found[wanted[target]] = key
     shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in found}  # type: ignore[arg-type]
+    biases = {names.target(key) for key in source if key.endswith("bias")}
     for name, key in found.items():
+        module: Any = model.get_submodule(name)
+        if module.bias is not None and f"{name}.bias" not in biases:
+            raise Int4Error(f"{name}.bias: is missing in {', '.join(source.files)}, which has {key}")
         if source.shape(key) != shapes[name]:
             raise Int4Error(
                 f"{key} in {source.file(key)}: has shape {list(source.shape(key))}, but {name}.weight of the model is "
@@ -102,26 +106,27 @@ def plan_reading(model: nn.Module, form: Format, settings: Settings, source: Sou
     """
     keys: dict[str, dict[str, str]] = {}
     known = set(all_linears(model))
-    for module, found in form.linears(source, settings).items():
+    where = ", ".join(source.files)
+    try:
+        quantized = form.linears(source, settings)
+    except Int4Error as error:
+        raise Int4Error(f"{error} (in {where})") from error
+    for module, found in quantized.items():
         target = names.target(f"{module}.weight")
         name = target.removesuffix(".weight") if target is not None else None
+        example = next(iter(found.values()))
         if name is None or name not in known:
-            example = next(iter(found.values()))
             raise Int4Error(
                 f"{example} in {source.file(example)}: is quantized, but the model has no linear {name or module!r} of "
                 "its own to take it (a fused or an unknown layer)"
             )
         if name in keys:
-            raise Int4Error(f"{name}: has two quantized weights in the checkpoint")
+            raise Int4Error(f"{example} in {source.file(example)}: is a second quantized weight of {name}")
         keys[name] = found
-    floats = {names.target(key) for key in source if key.endswith("weight")}
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    for name in known - set(keys):
-        if f"{name}.weight" not in floats | tied:
-            needed = " or ".join(["weight", *(s for s, must in form.suffixes(settings).items() if must)][:2])
-            raise Int4Error(
-                f"{name}: has no {needed} in the checkpoint ({', '.join(source.files)}); a shard may be missing"
-            )
+    missing = names.missing(model, source, keys)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise Int4Error(f"{missing[0]}{more}: neither in float nor quantized in {where}; a shard may be missing")
     pending = put_pending(model, dict.fromkeys(keys, settings.bits))
 
     def weight(place: PendingLinear, tensors: Mapping[str, Tensor]) -> Int4Weight:

@@ -27,6 +27,22 @@ class Names:
             renamed, pattern = self._rename(key, [], [])
         return renamed if pattern is None else None
 
+    def missing(self, model: Any, keys: Iterable[str], quantized: Iterable[str]) -> list[str]:
+        """Names of the model that a checkpoint lacks, given the linears that are quantized in it.
+
+        Where several tensors of a checkpoint become one, transformers reports what is missing, and nothing is here.
+        """
+        targets = [self.target(key) for key in keys]
+        if None in targets:
+            return []
+        found = {
+            *targets,
+            *(f"{name}.weight" for name in quantized),
+            *(getattr(model, "all_tied_weights_keys", None) or ()),
+        }
+        patterns = model._keys_to_ignore_on_load_missing or ()
+        return [name for name in self._known if name not in found and not any(re.search(one, name) for one in patterns)]
+
     def _rename(self, key: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
         renamed: tuple[str, str | None] = rename_source_key(
             key, renamings, converters, base_model_prefix=self._prefix, meta_state_dict=self._known

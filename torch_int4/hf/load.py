@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -18,6 +19,7 @@ def from_pretrained(
     config: Int4Config | None = None,
     *,
     model_class: Any = None,
+    model_config: Any = None,
     **options: Any,
 ) -> Any:
     """A patched model, from a folder or a repository of the Hub.
@@ -32,23 +34,20 @@ def from_pretrained(
         config: how to quantize a float checkpoint, and how to compute. For a quantized one only `compute`, `head`,
             `attention`, `kv_cache`, `embeddings` and `skip` may be given, and only as keywords.
         model_class: class to load with; transformers' `AutoModelForCausalLM` by default.
+        model_config: the model's own config, where it is loaded already; otherwise it is read from there.
         **options: fields of `Int4Config`, and whatever transformers' `from_pretrained` takes. Unless said otherwise no
             code of the checkpoint runs (`trust_remote_code=False`) and pickled weights are refused.
 
     Raises:
         Int4Error: naming the tensor and its file, or the setting, that cannot be served.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     names = {field.name for field in fields(Int4Config)}
     ours = {key: options.pop(key) for key in list(options) if key in names}
     options = {"trust_remote_code": False, "use_safetensors": True, **options}
-    model_config = options.pop("config", None)
-    if model_config is None:
-        model_config = AutoConfig.from_pretrained(
-            name_or_path, **{key: options[key] for key in OF_FETCHING if key in options}
-        )
-    source = _quantization_config(model_config)
+    model_config = load_config(name_or_path, options) if model_config is None else copy.deepcopy(model_config)
+    source = quantization_of(model_config)
     if source is None:
         options["quantization_config"] = Int4Config.with_overrides(config, **ours)
     else:
@@ -62,7 +61,16 @@ def from_pretrained(
     return loader.from_pretrained(name_or_path, config=model_config, **options)
 
 
-def _quantization_config(model_config: Any) -> dict[str, Any] | None:
+def load_config(name_or_path: str | os.PathLike[str], options: Mapping[str, Any]) -> Any:
+    """The config of a model, found by those of `options` that say where."""
+    from transformers import AutoConfig
+
+    given = {key: options[key] for key in OF_FETCHING if key in options}
+    return AutoConfig.from_pretrained(name_or_path, **{"trust_remote_code": False, **given})
+
+
+def quantization_of(model_config: Any) -> dict[str, Any] | None:
+    """The `quantization_config` of a model's config; None for a float checkpoint."""
     for owner in (model_config, model_config.get_text_config(decoder=True)):
         found = getattr(owner, "quantization_config", None)
         if found is not None:
