@@ -83,7 +83,7 @@ def patch(
     if not targets and not foreign and not any(isinstance(m, Int4Linear) for m in model.modules()):
         raise Int4Error(_nothing_to_do(model, skipped))
 
-    if targets or foreign or embeddings:
+    if targets or foreign or embeddings or not report.complete:
         report.complete = False
         model.torch_int4_report = report  # type: ignore[assignment]
         ties = _ties.record(model)
@@ -91,7 +91,8 @@ def patch(
             _convert_foreign(foreign, config, report, progress)
             _convert_all(targets, config, report, progress)
         finally:  # also after a failure the rest has to stay consistent
-            replaced = {name for target in targets if target.module is None for name in target.names}
+            done: list[Target | _foreign.Foreign] = [*targets, *foreign]
+            replaced = {name for target in done if target.module is None for name in target.names}
             _ties.forget(model, ties, replaced)
         while embeddings:
             _store_bf16(*embeddings.pop(), report)
@@ -103,6 +104,7 @@ def patch(
         report.interfaces += interfaces
         report.skipped = skipped + kept
         report.complete = True
+        _make_saveable(model, config)
         _return_memory()
     return model
 
@@ -245,6 +247,13 @@ def _store_bf16(name: str, old: nn.Embedding, places: list[tuple[nn.Module, str]
     for parent, attribute in places:
         setattr(parent, attribute, new)
     report.embeddings.append((name, 4 * old.weight.numel(), 2 * old.weight.numel()))
+
+
+def _make_saveable(model: nn.Module, config: Int4Config) -> None:
+    if "transformers" in sys.modules:  # else there is nothing of theirs
+        from ..hf import make_saveable
+
+        make_saveable(model, config)
 
 
 def _return_memory() -> None:

@@ -6,6 +6,7 @@ from typing import Any as _Any
 
 from torch_int4.config import Int4Config
 from torch_int4.errors import Int4Error
+from torch_int4.hf import from_pretrained
 from torch_int4.info import info
 from torch_int4.linear import Int4Linear
 from torch_int4.patches import patch
@@ -15,7 +16,17 @@ if _TYPE_CHECKING:
     from torch_int4.cache import Int4Cache
 
 __version__ = _metadata.version("torch-int4")
-__all__ = ["Int4Cache", "Int4Config", "Int4Error", "Int4Linear", "Int4Weight", "__version__", "info", "patch"]
+__all__ = [
+    "Int4Cache",
+    "Int4Config",
+    "Int4Error",
+    "Int4Linear",
+    "Int4Weight",
+    "__version__",
+    "from_pretrained",
+    "info",
+    "patch",
+]
 
 
 def __getattr__(name: str) -> _Any:

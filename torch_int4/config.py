@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from .errors import Int4Error
 
@@ -13,6 +15,8 @@ HEADS = ("float", "int4", "int8")
 EMBEDDINGS = ("float", "bf16")
 KV_CACHES = ("auto", "fp32", "bf16", "fp16", "int8")
 ATTENTIONS = ("fused", "stock")
+# Fields that say how a model runs, and which linears are left; the others decide the bits of a quantized weight.
+OF_RUNNING = ("compute", "head", "attention", "kv_cache", "embeddings", "skip")
 GROUP_SIZES = "a multiple of 32 up to 128, a multiple of 128 up to 1024, or -1 (one group per row)"
 
 
@@ -62,6 +66,10 @@ class Int4Config:
     embeddings: str = "float"
     skip: tuple[str, ...] = ()
 
+    # What transformers asks of a `quantization_config`; these are no fields.
+    quant_method: ClassVar[str] = "torch_int4"
+    stored: ClassVar[Any] = None  # set on instances that came with a checkpoint: how its files hold the weights
+
     def __post_init__(self) -> None:
         from .recipes import available  # here, because recipes import this module
 
@@ -103,3 +111,31 @@ class Int4Config:
         if unknown:
             raise Int4Error(f"unknown option {', '.join(unknown)}; the fields of Int4Config are {', '.join(known)}")
         return replace(config or cls(), **overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields and the method as JSON knows them, for `config.json`."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {"quant_method": self.quant_method, **values, "skip": list(self.skip)}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As `to_dict`: defaults may change between versions, so they are written too."""
+        return self.to_dict()
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """As `to_dict`, in text."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Int4Config:
+        """The config that `to_dict` described, with `kwargs` changed.
+
+        Raises:
+            Int4Error: the method is another one, a name is not a field, or a value is not accepted.
+        """
+        values = dict(config_dict)
+        method = values.pop("quant_method", cls.quant_method)
+        if method != cls.quant_method:
+            raise Int4Error(f"quant_method must be {cls.quant_method!r}, got {method!r}")
+        if isinstance(values.get("skip"), list):
+            values["skip"] = tuple(values["skip"])
+        return cls.with_overrides(None, **{**values, **kwargs})

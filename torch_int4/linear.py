@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,6 +64,41 @@ class Int4Linear(nn.Linear):
         """Packs a canonical weight. `dtype` is that of the layer which it replaces."""
         module = cls(weight, bias, compute=compute)
         module.compute_dtype = dtype
+        return module
+
+    @classmethod
+    def from_packed(
+        cls,
+        packed: Tensor | None,
+        packed_scales: Tensor | None,
+        packed_offsets: Tensor | None = None,
+        perm: Tensor | None = None,
+        *,
+        out_features: int,
+        in_features: int,
+        group_size: int,
+        weight_type: str,
+        compute: str = "int8",
+        dtype: torch.dtype = torch.float32,
+    ) -> Int4Linear:
+        """Takes over tensors that another `Int4Linear` has packed, as they are; they are not copied.
+
+        Raises:
+            Int4Error: their dtypes or shapes are not those of such a weight.
+        """
+        if compute not in COMPUTE:
+            raise Int4Error(f"compute must be one of {', '.join(COMPUTE)}, not {compute!r}")
+        tensors = (packed, packed_scales, packed_offsets, perm)
+        ops.check_packed(*tensors, out_features, in_features, group_size, weight_type)
+        module = cls.__new__(cls)
+        nn.Module.__init__(module)
+        module.out_features, module.in_features = out_features, in_features
+        module.group_size, module.compute, module.weight_type = group_size, compute, weight_type
+        module.compute_dtype, module._shared = dtype, None
+        module.register_parameter("weight", None)
+        module.register_parameter("bias", None)
+        for name, value in zip((*_PACKED, "perm"), tensors, strict=True):
+            module.register_buffer(name, value, persistent=False)
         return module
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,6 +207,10 @@ class Int4Linear(nn.Linear):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        writer = _writer.get()
+        if writer is not None:
+            destination.update({prefix + suffix: t for suffix, t in writer(self, prefix[:-1]).items()})
+            return
         weight = self.to_weight()
         codes = _pair_codes(weight.codes) if weight.bits == 4 else weight.codes
         destination[prefix + "codes"] = codes
@@ -207,6 +248,19 @@ class Int4Linear(nn.Linear):
             self._pack(weight)
         except (Int4Error, RuntimeError) as error:
             error_msgs.append(f"while loading {prefix[:-1]!r} into Int4Linear: {error}")
+
+
+_writer: ContextVar[Callable[[Int4Linear, str], dict[str, Tensor]] | None] = ContextVar("_writer", default=None)
+
+
+@contextlib.contextmanager
+def written_by(writer: Callable[[Int4Linear, str], dict[str, Tensor]]) -> Iterator[None]:
+    """Inside the block, `state_dict()` holds of each linear what `writer(linear, name)` returns, {suffix: tensor}."""
+    token = _writer.set(writer)
+    try:
+        yield
+    finally:
+        _writer.reset(token)
 
 
 def _pair_codes(codes: Tensor) -> Tensor:

@@ -1,0 +1,48 @@
+"""Names of tensors in a checkpoint and in a model: the renamings that transformers would make while loading."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+
+class Names:
+    """From the names of a checkpoint to those of a model on the meta device, before linears are taken out of it."""
+
+    def __init__(self, model: Any, conversions: Iterable[Any]) -> None:
+        conversions = list(conversions)
+        self._renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+        self._prefix = model.base_model_prefix
+        self._known = model.state_dict()
+        self._ignored = ""
+
+    def target(self, key: str) -> str | None:
+        """The model's name of a tensor; None where several tensors become one, or one becomes several."""
+        renamed, pattern = self._rename(key, self._renamings, self._converters)
+        if renamed not in self._known and key in self._known:
+            renamed, pattern = self._rename(key, [], [])
+        return renamed if pattern is None else None
+
+    def _rename(self, key: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
+        renamed: tuple[str, str | None] = rename_source_key(
+            key, renamings, converters, base_model_prefix=self._prefix, meta_state_dict=self._known
+        )
+        return renamed
+
+    def ignore(self, model: Any, keys: Iterable[str]) -> None:
+        """Have transformers pass silently over tensors that are read here."""
+        names = {name for key in keys for name in (key, self._rename(key, self._renamings, self._converters)[0])}
+        if names:
+            self._ignored = "^(?:" + "|".join(re.escape(name) for name in sorted(names)) + ")$"
+            model._keys_to_ignore_on_load_unexpected = {*self._given(model), self._ignored}
+
+    def heed(self, model: Any) -> None:
+        """Undo `ignore`."""
+        model._keys_to_ignore_on_load_unexpected = self._given(model) - {self._ignored}
+
+    def _given(self, model: Any) -> set[str]:
+        return set(model._keys_to_ignore_on_load_unexpected or ())
