@@ -101,7 +101,8 @@ def patch(
             _convert_foreign(foreign, config, report, progress)
             _convert_all(targets, config, report, progress, calibrated)
         finally:  # also after a failure the rest has to stay consistent
-            replaced = {name for target in targets if target.module is None for name in target.names}
+            done: list[Target | _foreign.Foreign] = [*targets, *foreign]
+            replaced = {name for target in done if target.module is None for name in target.names}
             _ties.forget(model, ties, replaced)
         while embeddings:
             _store_bf16(*embeddings.pop(), report)
