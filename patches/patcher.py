@@ -17,7 +17,7 @@ from ..config import Int4Config
 from ..errors import Int4Error
 from ..linear import Int4Linear
 from ..merge import merge_inputs
-from . import _attention, _scan, _ties, families
+from . import _attention, _block, _scan, _ties, families
 from ._embedding import Bf16Embedding
 from ._report import PatchedLinear, PatchReport
 from ._scan import Target
@@ -93,6 +93,7 @@ def patch(
         fused, interfaces = _attention.fuse(model, by_module, config)
         report.fused += fused
         report.interfaces += interfaces
+        report.blocks += _block.fuse(model, by_module)
         report.skipped = skipped + kept
         report.complete = True
         _return_memory()

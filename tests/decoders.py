@@ -67,6 +67,10 @@ FUSED = [*FAMILIES, *VARIANTS]
 ALL = [*FUSED, *GENERIC]
 
 
+def family_of(name):
+    return VARIANTS[name][0] if name in VARIANTS else name if name in FAMILIES else "generic"
+
+
 def decoder(name, dtype=torch.float32):
     """A model whose every parameter matters."""
     family, fields = VARIANTS.get(name, (name, {**OF_FAMILY.get(name, {}), **GENERIC.get(name, {})}))

@@ -9,6 +9,7 @@ from decoders import ALL, FUSED, GENERIC, MAIN, Calls, assert_near, decoder, pai
 from transformers import DynamicCache, StaticCache
 
 from torch_int4 import Int4Cache, patch
+from torch_int4.attention import FusedAttention
 
 CLOSE = 2e-3  # norm of the difference to the norm; both compute in fp32
 
@@ -263,7 +264,8 @@ def test_classes_keys_and_hooks_stay(name):
     patched = patch(copy.deepcopy(model), attention="fused")
     keys = patch(copy.deepcopy(model), attention="stock").state_dict().keys()
     assert patched.state_dict().keys() == keys
-    fused = [m for m in patched.modules() if "fused by torch_int4" in m.extra_repr()]
+    fused = [m for m in patched.modules() if isinstance(m, FusedAttention)]
+    assert all("fused by torch_int4" in m.extra_repr() for m in fused)
     assert len(fused) == patched.torch_int4_report.fused == 2
     for path, module in patched.named_modules():
         if "Attention" in stock[path].__name__:

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from decoders import FAMILIES, FUSED, GENERIC, Calls, assert_near, decoder, pair, prompt
+from decoders import FAMILIES, FUSED, GENERIC, Calls, assert_near, decoder, family_of, pair, prompt
 
 from torch_int4 import patch
 from torch_int4.attention import FusedAttention
@@ -24,7 +24,7 @@ def test_a_family_is_data_about_modules_that_exist(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "linears", "others"),
+    ("name", "linears", "others"),  # where no layer is fused as a whole
     [
         ("llama", [3, 2], 2),  # q k v, gate up; o, down
         ("qwen3", [3, 2], 2),
@@ -37,7 +37,8 @@ def test_a_family_is_data_about_modules_that_exist(name):
     ],
 )
 def test_linears_with_one_input_are_one_call(name, linears, others):
-    patched, _ = pair(name, head="float")
+    family = dataclasses.replace(families.resolve(family_of(name)), block=None)
+    patched, _ = pair(name, head="float", family=family)
     assert patched.torch_int4_report.merged == 2 * len(linears)
     with torch.no_grad(), Calls() as calls:
         patched(prompt())

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from torch_int4.attention_layout import AttentionLayout
 from torch_int4.cache import Int4Cache
+from torch_int4.calls import call
 from torch_int4.subclass import Mixin
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,11 +44,28 @@ class FusedAttention(Mixin):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """`[batch, tokens, features]` to the same, and None for the attention weights; or what the stock one gives."""
+        if args or not self.serves(hidden_states, kwargs):
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        layout = self.torch_int4_data
+        output = self.attend_heads(*_project(self, layout, hidden_states), kwargs)
+        return getattr(self, layout.output)(output), None
+
+    def serves(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
+        """Whether the operators give what the stock module would for these arguments of `forward`."""
+        layout = self.torch_int4_data
+        return _is_served(self, layout, hidden_states, kwargs.get("attention_mask"), kwargs.get(layout.cache), kwargs)
+
+    def attend_heads(self, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """What the output projection gets, `[batch, tokens, features]`.
+
+        Args:
+            query: as it was projected, `[batch, tokens, heads, head size]`, as are key and value with their heads.
+            kwargs: arguments of `forward`, which `serves` has seen.
+        """
         layout = self.torch_int4_data
         cache, mask = kwargs.get(layout.cache), kwargs.get("attention_mask")
-        if args or not _is_served(self, layout, hidden_states, mask, cache, kwargs):
-            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
-        query, key, value = _project(self, layout, hidden_states)
+        if layout.norms is not None:
+            query, key = getattr(self, layout.norms[0])(query), getattr(self, layout.norms[1])(key)
         cos, sin = _rotation(self, layout, kwargs)
         rotary: dict[str, Any] = {
             "rotary_dim": 0 if cos is None else _rotary_dim(layout, cos),
@@ -57,16 +75,14 @@ class FusedAttention(Mixin):
         if isinstance(cache, Int4Cache):
             layer = cache.layer(self.layer_idx)  # type: ignore[attr-defined]
             query = layer.append(query, key, value, cos, sin, **rotary)
-            output = layer.attend(query, mask, **options)
-        else:
-            query, key, value = _rotate(query, key, value, cos, sin, rotary)
-            if cache is not None:
-                if layout.repeats_kv and getattr(self, layout.repeats_kv):
-                    repeats = query.shape[2] // key.shape[1]
-                    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-                key, value = cache.update(key, value, self.layer_idx)  # type: ignore[attr-defined]
-            output = attend(query, key, value, mask, causal=True, **options)
-        return getattr(self, layout.output)(output.flatten(2)), None
+            return layer.attend(query, mask, **options).flatten(2)
+        query, key, value = _rotate(query, key, value, cos, sin, rotary)
+        if cache is not None:
+            if layout.repeats_kv and getattr(self, layout.repeats_kv):
+                repeats = query.shape[2] // key.shape[1]
+                key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+            key, value = cache.update(key, value, self.layer_idx)  # type: ignore[attr-defined]
+        return attend(query, key, value, mask, causal=True, **options).flatten(2)
 
     def extra_repr(self) -> str:
         """What `print(model)` adds."""
@@ -91,9 +107,21 @@ def attend(
     if causal and key.shape[2] > tokens:  # the first tokens in a cache of fixed size, whose other places are empty
         key, value = key[:, :, :tokens], value[:, :, :tokens]
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
-    return torch.ops.torch_int4.attention(
-        query, key, value, None, None, None, mask, None, scale=scale, causal=causal, softcap=softcap
+    output: Tensor = call(
+        torch.ops.torch_int4.attention.default,
+        query,
+        key,
+        value,
+        None,
+        None,
+        None,
+        mask,
+        None,
+        scale=scale,
+        causal=causal,
+        softcap=softcap,
     )
+    return output
 
 
 def is_mask(mask: Any) -> bool:
@@ -152,8 +180,6 @@ def _project(module: Any, layout: AttentionLayout, x: Tensor) -> tuple[Tensor, T
         query, key, value = grouped[..., :-2, :].flatten(2, 3), grouped[..., -2, :], grouped[..., -1, :]
     else:
         query, key, value = (getattr(module, name)(x).view(*x.shape[:2], -1, size) for name in layout.projections)
-    if layout.norms is not None:
-        query, key = getattr(module, layout.norms[0])(query), getattr(module, layout.norms[1])(key)
     return query, key, value
 
 
@@ -178,7 +204,20 @@ def _rotate(
     """The rotated query `[batch, tokens, heads, size]`, and key and value with heads before tokens."""
     keys, values = (x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]) for x in (key, value))
     length = torch.zeros(1, dtype=torch.int64)
-    query = torch.ops.torch_int4.rotary_append(query, key, value, cos, sin, keys, values, None, None, length, **options)
+    query = call(
+        torch.ops.torch_int4.rotary_append.default,
+        query,
+        key,
+        value,
+        cos,
+        sin,
+        keys,
+        values,
+        None,
+        None,
+        length,
+        **options,
+    )
     return query, keys, values
 
 

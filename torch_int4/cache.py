@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from torch_int4.calls import call
 from torch_int4.config import KV_CACHES
 from torch_int4.errors import Int4Error
 
@@ -82,7 +83,8 @@ class Int4CacheLayer(CacheLayerMixin):
         tokens = key.shape[1]
         if self.max_length is None and self._count + tokens > self.capacity:
             self._grow(self._count + tokens)
-        query = torch.ops.torch_int4.rotary_append(
+        query = call(
+            torch.ops.torch_int4.rotary_append.default,
             query,
             key,
             value,
@@ -107,7 +109,8 @@ class Int4CacheLayer(CacheLayerMixin):
             query: `[batch, tokens, heads, head size]`; the result has the same shape.
             mask: bool (True attends) or float (added), `[batch or 1, heads or 1, tokens or 1, >= length]`, or None.
         """
-        return torch.ops.torch_int4.attention(
+        output: Tensor = call(
+            torch.ops.torch_int4.attention.default,
             query,
             self.keys,
             self.values,
@@ -120,6 +123,7 @@ class Int4CacheLayer(CacheLayerMixin):
             causal=mask is None,
             softcap=softcap,
         )
+        return output
 
     def holds(self, kv_heads: int) -> bool:
         """Whether keys with this many heads can be appended."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_int4 import ops
+from torch_int4.calls import call
 from torch_int4.errors import Int4Error
 from torch_int4.weight import Int4Weight
 
@@ -74,7 +75,8 @@ class Int4Linear(nn.Linear):
         """The product without the linears that share this input."""
         if x.shape[-1] != self.in_features:
             raise Int4Error(f"Int4Linear takes {self.in_features} features, but x has shape {tuple(x.shape)}")
-        return torch.ops.torch_int4.int4_linear(
+        y: Tensor = call(
+            torch.ops.torch_int4.int4_linear.default,
             x,
             self.packed,
             self.packed_scales,
@@ -86,6 +88,7 @@ class Int4Linear(nn.Linear):
             weight_type=self.weight_type,
             compute=self.compute,
         )
+        return y
 
     def to_weight(self) -> Int4Weight:
         """The canonical form, bit by bit as it was packed."""
