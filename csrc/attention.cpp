@@ -23,14 +23,14 @@ const void* offset(const void* data, int64_t bytes) { return static_cast<const c
 void* offset(void* data, int64_t bytes) { return static_cast<char*>(data) + bytes; }
 
 // A row of queries is (token, head of the group): row = token * group + head. All rows of a kv head share its keys.
-// Few rows: a task is a span of keys, and the task that finishes a kv head last merges its spans, in their order.
-// Many rows: a task is a tile of rows with all their keys.
+// One tile of rows: a task is a span of keys, and the task that finishes a kv head last merges its spans, in their
+// order. More rows: a task is a tile of rows with all their keys. Nothing depends on the number of threads.
 struct Job {
   const IsaKernels& kernels;
   const Attention& a;
-  int64_t group, rows;  // query heads per kv head; rows of a kv head
-  int64_t tile, tiles;  // rows per task
-  int64_t first_span, spans;
+  int64_t group, rows;              // query heads per kv head; rows of a kv head
+  int64_t tile, tiles;              // rows per task
+  int64_t span, first_span, spans;  // keys per task
   int64_t value_lanes;
   float* largest = nullptr;  // of partial results, [batch * kv_heads * spans][rows]
   float* total = nullptr;
@@ -127,23 +127,24 @@ void merge_row(const Job& job, int64_t batch, int64_t kv_head, int64_t row) {
 void run_spans(void* context, int64_t begin, int64_t end) {
   thread_local Buffer scratch, queries;
   const Job& job = *static_cast<const Job*>(context);
-  AttentionRow rows[kFewRows];
-  float* query = queries.get<float>(kFewRows * padded_lanes(job.a.query.dim));
+  AttentionRow rows[kManyRows];
+  const bool few = job.rows <= kFewRows;
+  float* query = queries.get<float>(job.rows * padded_lanes(job.a.query.dim));
   for (int64_t task = begin; task < end; ++task) {
     const int64_t unit = task / job.spans, span = job.first_span + task % job.spans;
     const int64_t batch = unit / job.a.kv_heads, kv_head = unit % job.a.kv_heads;
     AttentionTile t = make_tile(job, batch, kv_head);
-    t.begin = span * kSpan;
-    t.end = smaller(t.begin + kSpan, job.a.length);
+    t.begin = span * job.span;
+    t.end = smaller(t.begin + job.span, job.a.length);
     t.rows = int(job.rows);
     t.row = rows;
     t.query = query;
-    t.scratch = scratch.get<float>(few_scratch());
+    t.scratch = scratch.get<float>(few ? few_scratch() : many_scratch(t.dim, t.value_dim));
     t.largest = job.largest + task * job.rows;
     t.total = job.total + task * job.rows;
     t.sums = job.sums + task * job.rows * job.value_lanes;
     if (task == begin || task % job.spans == 0) prepare_rows(job, batch, kv_head, 0, t, rows, query);
-    job.kernels.attend_few(t);
+    few ? job.kernels.attend_few(t) : job.kernels.attend_many(t);
     if (__atomic_add_fetch(&job.finished[unit], 1, __ATOMIC_ACQ_REL) < job.spans) continue;
     for (int64_t row = 0; row < job.rows; ++row) merge_row(job, batch, kv_head, row);
   }
@@ -190,15 +191,16 @@ void attend_spans(Job& job, ParallelFor parallel) {
   const Attention& a = job.a;
   const int64_t units = a.batch * a.kv_heads;
   const int64_t first_key = a.window > 0 ? larger(0, a.length - a.tokens - a.window + 1) : 0;
-  job.first_span = smaller(first_key, a.length - 1) / kSpan;
-  job.spans = quotient_up(a.length, kSpan) - job.first_span;
+  job.span = job.rows <= kFewRows ? kSpan : kManySpan;
+  job.first_span = smaller(first_key, a.length - 1) / job.span;
+  job.spans = quotient_up(a.length, job.span) - job.first_span;
   const int64_t results = units * job.spans * job.rows;
   job.largest = partial.get<float>(results * (2 + job.value_lanes));
   job.total = job.largest + results;
   job.sums = job.total + results;
   job.finished = counters.get<int>(units);
   memset(job.finished, 0, size_t(units) * sizeof(int));
-  const int64_t bytes = smaller(kSpan, a.length) * (a.query.dim + a.values.dim) * cache_bytes(a.type);
+  const int64_t bytes = smaller(job.span, a.length) * (a.query.dim + a.values.dim) * cache_bytes(a.type);
   parallel(units * job.spans, 1 + kThreadBytes / (bytes + 1), run_spans, &job);
   partial.trim(kKeptBytes);
 }
@@ -207,13 +209,13 @@ void attend_spans(Job& job, ParallelFor parallel) {
 
 void attention(const Attention& a, ParallelFor parallel) {
   const int64_t group = a.query.heads / a.kv_heads, units = a.batch * a.kv_heads;
-  Job job{active_kernels(), a, group, a.tokens * group, 0, 0, 0, 0, padded_lanes(a.values.dim)};
+  Job job{active_kernels(), a, group, a.tokens * group, 0, 0, 0, 0, 0, padded_lanes(a.values.dim)};
   if (units * job.rows == 0 || a.values.dim == 0) return;
   if (a.length == 0) {
     memset(a.output, 0, size_t(units * job.rows * a.values.dim * float_bytes(a.query.dtype)));
     return;
   }
-  if (job.rows <= kFewRows) return attend_spans(job, parallel);
+  if (job.rows <= kManyRows) return attend_spans(job, parallel);
   job.tile = kManyRows;
   job.tiles = quotient_up(job.rows, job.tile);
   int taken = 0;

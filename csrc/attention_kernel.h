@@ -9,10 +9,11 @@
 namespace torch_int4 {
 
 constexpr int kLanes = 16;
-constexpr int kFewRows = 16;    // rows that attend_few takes, at most
-constexpr int kManyRows = 128;  // rows of one call of attend_many, at most
-constexpr int kSpan = 512;      // keys of one call of attend_few, at most
-constexpr int kKeyTile = 64;    // keys that attend_many converts at a time
+constexpr int kFewRows = 16;     // rows that attend_few takes, at most
+constexpr int kManyRows = 128;   // rows of one call of attend_many, at most
+constexpr int kSpan = 512;       // keys of one call of attend_few, at most
+constexpr int kManySpan = 2048;  // keys of one call of attend_many where rows are too few to keep threads busy
+constexpr int kKeyTile = 64;     // keys that attend_many converts at a time
 
 enum class CacheType : int { kF32, kBF16, kF16, kInt8 };
 enum class MaskType : int { kNone, kBool, kF32, kBF16, kF16 };
@@ -35,7 +36,7 @@ struct AttentionTile {
   int64_t key_stride, value_stride;        // elements
   const float *key_scales, *value_scales;  // [key] of int8, else null
   int64_t dim, value_dim;
-  int64_t begin, end;  // the keys of this call
+  int64_t begin, end;  // the keys of this call; begin is a multiple of kKeyTile
   int rows;
   const AttentionRow* row;
   const float* query;  // [rows][padded_lanes(dim)], times the scale, zeros behind

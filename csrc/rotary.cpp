@@ -93,7 +93,8 @@ void run_tokens(void* context, int64_t begin, int64_t end) {
   thread_local Buffer floats, bytes;
   const Job& job = *static_cast<const Job*>(context);
   const RotaryAppend& a = job.a;
-  const int64_t dim = (a.query.dim > a.value.dim ? a.query.dim : a.value.dim) + kSlab;
+  const int64_t widest = a.query.dim > a.value.dim ? a.query.dim : a.value.dim;
+  const int64_t dim = (widest + kSlab - 1) / kSlab * kSlab;
   Workspace w{};
   w.x = floats.get<float>(3 * dim);
   w.cos = w.x + dim;

@@ -89,6 +89,13 @@ def test_prompts(isa: str, cache_dtype: torch.dtype) -> None:
         check({**arguments, "causal": False})
 
 
+def test_spans_of_many_rows_are_merged(isa: str) -> None:
+    for tokens, heads in ((1, 20), (40, 1)):
+        arguments = problem(1, tokens, heads, 1, 16, 4200)
+        for options in ({}, {"window": 1000}, {"length": torch.tensor([2049])}):
+            check({**arguments, **options})
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 5, 40])
 @pytest.mark.parametrize("length", [0, 1, 37, 127, 200])
 def test_length_hides_what_lies_behind_it(isa: str, tokens: int, length: int) -> None:

@@ -64,3 +64,28 @@ def test_inner_loops_keep_their_accumulators_in_registers() -> None:
             assert traffic <= products // 4, f"{name}: {traffic} stack accesses for {products} products"
     assert {"Avx2", "AvxVnni", "Avx512", "Avx512Vnni"} <= tiles.keys()
     assert all(count >= 3 for count in tiles.values()), tiles
+
+
+ATTENTION = re.compile(r"(?:Attend\w+|loops_attend_\w+)<.*?(\w+)[,>]")
+
+
+def test_loops_of_attention_keep_their_accumulators_in_registers() -> None:
+    objdump = shutil.which("objdump")
+    if objdump is None:
+        pytest.skip("needs objdump")
+    command = [objdump, "-d", "--no-show-raw-insn", "-C", str(_C.__file__)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    tiles: Counter[str] = Counter()
+    for name, body in functions(listing):
+        vectors = ATTENTION.search(name)
+        if vectors is None:
+            continue
+        for loop in inner_loops(body):
+            products = sum(bool(PRODUCT.search(text)) for text in loop)
+            if products < 8 or any("vcvtps2dq" in text or "vdivps" in text for text in loop):
+                continue  # a tail, or the softmax, whose constants may lie in memory
+            tiles[vectors[1]] += 1
+            traffic = sum(bool(VECTOR_STACK.search(text)) for text in loop)
+            assert traffic <= products // 4, f"{name}: {traffic} stack accesses for {products} products"
+    assert {"Avx2", "AvxVnni", "Avx512", "Avx512Vnni"} <= tiles.keys()
+    assert all(count >= 8 for count in tiles.values()), tiles

@@ -15,15 +15,18 @@ ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 
 
-def build(folder: Path, *flags: str) -> Path:
-    """Compiles tests/native/kernels_main.cpp with the kernels of csrc/."""
+PROGRAMS = ("kernels_main", "attention_main")
+
+
+def build(folder: Path, *flags: str) -> list[Path]:
+    """Compiles PROGRAMS of tests/native/ with the framework and the kernels of csrc/."""
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler")
     csrc = ROOT / "csrc"
     sources = [
-        ROOT / "tests/native/kernels_main.cpp",
-        *(csrc / f"{n}.cpp" for n in ("codebooks", "dispatch", "linear", "pack")),
+        *(ROOT / f"tests/native/{name}.cpp" for name in PROGRAMS),
+        *(csrc / f"{n}.cpp" for n in ("attention", "codebooks", "dispatch", "linear", "pack", "rotary")),
     ]
     sources += sorted((csrc / "kernels").glob("*.cpp"))
     objects = [(source, folder / f"{source.stem}.o") for source in sources]
@@ -31,20 +34,22 @@ def build(folder: Path, *flags: str) -> Path:
         subprocess.Popen([compiler, *FLAGS, *flags, "-c", str(source), "-o", str(target)]) for source, target in objects
     ]
     assert all(job.wait() == 0 for job in jobs)
-    program = folder / "kernels_main"
-    subprocess.run([compiler, *flags, *(str(o) for _, o in objects), "-o", str(program)], check=True)
-    return program
+    shared = [str(target) for source, target in objects if source.stem not in PROGRAMS]
+    for name in PROGRAMS:
+        command = [compiler, *flags, str(folder / f"{name}.o"), *shared, "-o", str(folder / name)]
+        subprocess.run(command, check=True)
+    return [folder / name for name in PROGRAMS]
 
 
 @pytest.mark.parametrize(
     "flags", [("-O1",), ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")], ids=["guard", "asan"]
 )
 def test_guard_pages_and_reference(tmp_path: Path, flags: tuple[str, ...]) -> None:
-    program = build(tmp_path, *flags)
     small = ["--small"] if len(flags) > 1 else []
-    result = subprocess.run([str(program), *small], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert " 0 failed" in result.stdout
+    for program in build(tmp_path, *flags):
+        result = subprocess.run([str(program), *small], capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert " 0 failed" in result.stdout
 
 
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
@@ -66,14 +71,15 @@ def emulation() -> list[str]:
 # gcc takes minutes over the unrolled tiles at -O1: unoptimised, they compile and run in seconds.
 @pytest.mark.parametrize("flags", [("-Os",), ("-O0", *SANITIZE)], ids=["guard", "asan"])
 def test_every_kernel_set_on_emulated_instructions(tmp_path: Path, flags: tuple[str, ...]) -> None:
-    program = build(tmp_path, *flags, *emulation())
     extent = "--tiny" if len(flags) > 1 else "--small"
-    result = subprocess.run([str(program), extent, "--expect", "amx"], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert " 0 failed" in result.stdout
-    ran = set(result.stdout.splitlines()[0].partition("run here: ")[2].split())
-    assert ran == {path.stem for path in (ROOT / "csrc/kernels").glob("*.cpp")}
-    assert ran >= {"amx", "avx512_vnni", "avx512", "avx_vnni", "avx2"}
+    for program in build(tmp_path, *flags, *emulation()):
+        expect = ["--expect", "amx"] if program.name == "kernels_main" else []
+        result = subprocess.run([str(program), extent, *expect], capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert " 0 failed" in result.stdout
+        ran = set(result.stdout.splitlines()[0].partition("run here: ")[2].split())
+        assert ran == {path.stem for path in (ROOT / "csrc/kernels").glob("*.cpp")}
+        assert ran >= {"amx", "avx512_vnni", "avx512", "avx_vnni", "avx2"}
 
 
 def test_emulated_tiles_multiply_and_fault_as_the_processor_does(tmp_path: Path) -> None:
@@ -112,7 +118,7 @@ def test_dispatch_and_kernels_of_processors_this_machine_is_not(tmp_path: Path) 
     emulator = os.environ.get("TORCH_INT4_EMULATOR")
     if not emulator:
         pytest.skip("TORCH_INT4_EMULATOR names no processor emulator")
-    program = build(tmp_path, "-O2", "-static")
+    program, _ = build(tmp_path, "-O2", "-static")
     for model, expected in EMULATED.items():
         extent = "--tiny" if model == "sapphire_rapids" else "--dispatch"
         command = [emulator, model, str(program), extent, "--expect", expected]

@@ -12,11 +12,12 @@ written, where the tokens do not fit.
 `attention(query, key, value, key_scales, value_scales, length, mask, alibi_slopes, *, scale, causal, window=0,
 softcap=0.0) -> Tensor` attends from queries `[B, T, H, D]` to keys `[B, Hkv, S, D]` and values `[B, Hkv, S, Dv]` of
 those types; query head h reads head h // (H / Hkv). Of the S keys the first `length` (all, if None) are valid, and
-query t stands at position `length` - T + t. `causal` hides keys behind that position, `window` > 0 those at or before it minus
-`window`, `mask` (`[B or 1, H or 1, T or 1, >= length]`) those that are False, -inf or the lowest number of its type;
-other floats are added. A score is `softcap * tanh(q.k * scale / softcap)` (if `softcap` > 0), plus the mask, plus
-`alibi_slopes` (`[H]` or `[B, H]`) times the index of the key (arXiv:2108.12409). Arithmetic is float32, by the online
-softmax of FlashAttention (arXiv:2205.14135). A row that sees no key is zeros. Returns `[B, T, H, Dv]` of query's dtype.
+query t stands at position `length` - T + t. `causal` hides keys behind that position, `window` > 0 those at or before
+it minus `window`, `mask` (`[B or 1, H or 1, T or 1, >= length]`) those that are False, -inf or the lowest number of
+its type; other floats are added. A score is `softcap * tanh(q.k * scale / softcap)` (if `softcap` > 0), plus the
+mask, plus `alibi_slopes` (`[H]` or `[B, H]`) times the index of the key (arXiv:2108.12409). Arithmetic is float32, by
+the online softmax of FlashAttention (arXiv:2205.14135). A row that sees no key is zeros. Returns `[B, T, H, Dv]` of
+query's dtype.
 """
 
 from __future__ import annotations

@@ -33,7 +33,11 @@ def _build() -> typer.Typer:
 
     for found in pkgutil.iter_modules(commands.__path__):
         module = importlib.import_module(f"{commands.__name__}.{found.name}")
-        cli.command(found.name.replace("_", "-"))(module.main)
+        name = found.name.replace("_", "-")
+        if hasattr(module, "app"):  # a command with commands of its own
+            cli.add_typer(module.app, name=name)
+        else:
+            cli.command(name)(module.main)
     return cli
 
 

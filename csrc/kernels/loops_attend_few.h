@@ -26,12 +26,12 @@ struct AttendFew {
   using S = Softmax<V>;
   using Cache = CacheLoads<V, C>;
   static constexpr int kKeys = 4;         // keys of a register tile of scores
-  static constexpr int kValueBlock = 64;  // keys whose values stay in L1 while all rows pass over them
+  static constexpr int kValueBlock = 16;  // keys of a stream whose values stay in L1 while all rows pass over them
 
-  // Scores of R rows and four keys, of which the last ones may repeat.
+  // Scores of R rows and four keys, `apart` from each other, of which the last ones may repeat.
   template <int R>
   static TI4_INLINE void score(const AttentionTile& t, const char* const (&keys)[kKeys], const float* query,
-                               float* scores) {
+                               float* scores, int64_t apart, int valid) {
     const int64_t padded = padded_lanes(t.dim);
     F acc[R][kKeys];
     for (int r = 0; r < R; ++r) {
@@ -54,24 +54,42 @@ struct AttendFew {
         for (int r = 0; r < R; ++r) acc[r][j] = V::fmadd(key, V::load(query + r * padded + d), acc[r][j]);
       }
     }
-    for (int r = 0; r < R; ++r) V::store_sums(scores + r * kSpan, acc[r]);
+    for (int r = 0; r < R; ++r) {
+      alignas(16) float sums[kKeys];
+      V::store_sums(sums, acc[r]);
+      for (int j = 0; j < valid; ++j) scores[r * kSpan + j * apart] = sums[j];
+    }
   }
 
   template <int R>
-  static TI4_INLINE void score_rows(const AttentionTile& t, const char* const (&keys)[kKeys], int row, float* scores) {
+  static TI4_INLINE void score_rows(const AttentionTile& t, const char* const (&keys)[kKeys], int row, float* scores,
+                                    int64_t apart, int valid) {
     const int64_t padded = padded_lanes(t.dim);
-    for (; row + R <= t.rows; row += R) score<R>(t, keys, t.query + row * padded, scores + row * kSpan);
-    if constexpr (R > 1) score_rows<R / 2>(t, keys, row, scores);
+    for (; row + R <= t.rows; row += R) {
+      score<R>(t, keys, t.query + row * padded, scores + row * kSpan, apart, valid);
+    }
+    if constexpr (R > 1) score_rows<R / 2>(t, keys, row, scores, apart, valid);
   }
 
-  static void score_run(const AttentionTile& t, int64_t begin, int64_t end, float* scores) {
+  // `count` groups of four keys that are `apart` keys from each other; of the first one, only `valid` keys exist.
+  static void score_keys(const AttentionTile& t, int64_t begin, int64_t count, int64_t apart, int64_t valid,
+                         float* scores) {
     const int64_t step = t.key_stride * Cache::kBytes;
     const char* key = static_cast<const char*>(t.keys) + (t.begin + begin) * step;
-    for (int64_t i = begin; i < end; i += kKeys, key += kKeys * step) {
+    for (int64_t i = 0; i < count; ++i, key += step) {
       const char* keys[kKeys];
-      for (int j = 0; j < kKeys; ++j) keys[j] = key + smaller(j, end - i - 1) * step;
-      score_rows<V::kScoreRows>(t, keys, 0, scores + i);
+      for (int j = 0; j < kKeys; ++j) {
+        keys[j] = key + smaller(j, valid - 1) * apart * step;
+      }
+      score_rows<V::kScoreRows>(t, keys, 0, scores + begin + i, apart, int(valid));
     }
+  }
+
+  // A quarter of the run from each of four places: one stream does not fill the memory's bandwidth.
+  static void score_run(const AttentionTile& t, int64_t begin, int64_t end, float* scores) {
+    const int64_t quarter = (end - begin) / kKeys, rest = (end - begin) % kKeys;
+    score_keys(t, begin, quarter, quarter, kKeys, scores);
+    if (rest) score_keys(t, end - rest, 1, 1, rest, scores);
   }
 
   // Scores of one row to probabilities times the scales of the values.
@@ -103,20 +121,25 @@ struct AttendFew {
     t.total[r] = S::reduce(total, false);
   }
 
-  // Adds `count` values to R rows, N vectors wide.
-  template <int R, int N>
-  static TI4_INLINE void add_values(const char* value, int64_t step, int64_t count, const float* p, float* sums,
-                                    int64_t padded) {
+  // Adds `count` values of each of S streams, `apart` values from each other, to R rows, N vectors wide.
+  template <int R, int N, int S>
+  static TI4_INLINE void add_values(const char* value, int64_t step, int64_t count, int64_t apart, const float* p,
+                                    float* sums, int64_t padded) {
     F acc[R][N];
     for (int r = 0; r < R; ++r) {
       for (int n = 0; n < N; ++n) acc[r][n] = V::load(sums + r * padded + n * kLanes);
     }
     for (int64_t i = 0; i < count; ++i, value += step) {
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) {
-        const F x = Cache::load(value + n * kLanes * Cache::kBytes);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) acc[r][n] = V::fmadd(x, V::set(p[r * kSpan + i]), acc[r][n]);
+      for (int s = 0; s < S; ++s) {
+        const char* x = value + s * apart * step;
+        const float* weight = p + i + s * apart;
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) {
+          const F v = Cache::load(x + n * kLanes * Cache::kBytes);
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) acc[r][n] = V::fmadd(v, V::set(weight[r * kSpan]), acc[r][n]);
+        }
       }
     }
     for (int r = 0; r < R; ++r) {
@@ -124,34 +147,46 @@ struct AttendFew {
     }
   }
 
-  template <int R, int N>
-  static TI4_INLINE int64_t add_columns(const AttentionTile& t, const char* value, int64_t count, const float* p,
-                                        float* sums, int64_t d) {
+  template <int R, int N, int S>
+  static TI4_INLINE int64_t add_columns(const AttentionTile& t, const char* value, int64_t count, int64_t apart,
+                                        const float* p, float* sums, int64_t d) {
     const int64_t padded = padded_lanes(t.value_dim), step = t.value_stride * Cache::kBytes;
     for (; d + N * kLanes <= t.value_dim; d += N * kLanes) {
-      add_values<R, N>(value + d * Cache::kBytes, step, count, p, sums + d, padded);
+      add_values<R, N, S>(value + d * Cache::kBytes, step, count, apart, p, sums + d, padded);
     }
-    if constexpr (N > 1) return add_columns<R, N / 2>(t, value, count, p, sums, d);
+    if constexpr (N > 1) return add_columns<R, N / 2, S>(t, value, count, apart, p, sums, d);
     else return d;
   }
 
-  template <int R>
-  static TI4_INLINE void add_rows(const AttentionTile& t, const char* value, int64_t count, const float* p, int row) {
+  template <int R, int S>
+  static TI4_INLINE void add_rows(const AttentionTile& t, const char* value, int64_t count, int64_t apart,
+                                  const float* p, int row) {
     const int64_t padded = padded_lanes(t.value_dim), step = t.value_stride * Cache::kBytes;
     constexpr int kVectors = R == 1 ? V::kValueVectors : 2 * V::kValueVectors / R;
     for (; row + R <= t.rows; row += R) {
       float* sums = t.sums + row * padded;
       const float* weights = p + row * kSpan;
-      const int64_t d = add_columns<R, kVectors>(t, value, count, weights, sums, 0);
-      for (int64_t i = 0; d < t.value_dim && i < count; ++i) {
-        const F x = Cache::load_part(value + i * step + d * Cache::kBytes, t.value_dim - d);
+      const int64_t d = add_columns<R, kVectors, S>(t, value, count, apart, weights, sums, 0);
+      for (int64_t i = 0; d < t.value_dim && i < count * S; ++i) {
+        const int64_t at = i / count * apart + i % count;
+        const F x = Cache::load_part(value + at * step + d * Cache::kBytes, t.value_dim - d);
         for (int r = 0; r < R; ++r) {
           float* target = sums + r * padded + d;
-          V::store(target, V::fmadd(x, V::set(weights[r * kSpan + i]), V::load(target)));
+          V::store(target, V::fmadd(x, V::set(weights[r * kSpan + at]), V::load(target)));
         }
       }
     }
-    if constexpr (R > 1) add_rows<R / 2>(t, value, count, p, row);
+    if constexpr (R > 1) add_rows<R / 2, S>(t, value, count, apart, p, row);
+  }
+
+  static void add_run(const AttentionTile& t, int64_t begin, int64_t end, const float* p) {
+    const int64_t step = t.value_stride * Cache::kBytes;
+    const int64_t part = (end - begin) / kStreams, rest = (end - begin) % kStreams;
+    const char* value = static_cast<const char*>(t.values) + (t.begin + begin) * step;
+    for (int64_t i = 0; i < part; i += kValueBlock) {
+      add_rows<V::kScoreRows, kStreams>(t, value + i * step, smaller(kValueBlock, part - i), part, p + begin + i, 0);
+    }
+    if (rest) add_rows<V::kScoreRows, 1>(t, value + (end - begin - rest) * step, rest, 0, p + end - rest, 0);
   }
 
   // A value that is not finite, under a key that some row does not see, has made NaN of 0 * value: those rows again.
@@ -199,13 +234,7 @@ struct AttendFew {
     for (int i = 0; i < runs.count; ++i) score_run(t, runs.begin[i], runs.end[i], scores);
     for (int r = 0; r < t.rows; ++r) normalize(t, r, scores + r * kSpan, masked ? bias + r * kSpan : nullptr);
     memset(t.sums, 0, size_t(t.rows * padded_lanes(t.value_dim)) * sizeof(float));
-    const int64_t step = t.value_stride * Cache::kBytes;
-    for (int run = 0; run < runs.count; ++run) {
-      for (int64_t i = runs.begin[run]; i < runs.end[run]; i += kValueBlock) {
-        const char* value = static_cast<const char*>(t.values) + (t.begin + i) * step;
-        add_rows<V::kScoreRows>(t, value, smaller(kValueBlock, runs.end[run] - i), scores + i, 0);
-      }
-    }
+    for (int i = 0; i < runs.count; ++i) add_run(t, runs.begin[i], runs.end[i], scores);
     for (int r = 0; r < t.rows; ++r) mend(t, r, runs, scores + r * kSpan, masked ? bias + r * kSpan : nullptr);
   }
 };

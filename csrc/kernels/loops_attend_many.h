@@ -279,6 +279,7 @@ struct AttendMany {
       if (g.last > last) last = g.last;
     }
     const int64_t end = smaller(last, t.end);
+    if (first < t.begin) first = t.begin;
     for (int64_t begin = first / kKeyTile * kKeyTile; begin < end; begin += kKeyTile) run_tile(t, m, begin);
     const int64_t value_dim = padded_lanes(t.value_dim);
     for (int r = 0; r < t.rows; ++r) {

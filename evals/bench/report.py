@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -14,6 +14,9 @@ from torch_int4.evals import output
 
 from .roofline import Roofline
 from .run import Result, Row
+
+if TYPE_CHECKING:
+    from . import attention
 
 HEADER = ("weight", "rows", "compute", "who", "kernels", "min ms", "median", "GB/s", "GOP/s", "x best peer", "of roof")
 _LEFT = ("weight", "compute", "who", "kernels", "x best peer", "of roof")
@@ -64,13 +67,13 @@ def roof_lines(roofline: Roofline) -> Iterator[str]:
         yield f"{name}: {peak / 1e9:.0f} GOP/s"
 
 
-def machine_lines(result: Result) -> Iterator[str]:
-    """Where and with what the figures were taken, and whether they may be quoted."""
+def machine_lines(result: Result | attention.Result, what: str = "weights") -> Iterator[str]:
+    """Where and with what the figures were taken, and whether they may be quoted; `what` rotates in memory."""
     machine = result.machine
     where = f"{machine['cpu']}, {machine['threads']} threads of {machine['cpus']} CPUs"
     yield f"{where}, load {machine['load']} before the run"
     yield (
-        f"torch_int4 {machine['version']}, torch {machine['torch']}; weights rotate through "
+        f"torch_int4 {machine['version']}, torch {machine['torch']}; {what} rotate through "
         f"{machine['rotate_bytes'] / 2**20:.0f} MiB"
     )
     noisy = sum(row.median_s > _NOISY * row.min_s for row in result.rows)
@@ -82,7 +85,7 @@ def machine_lines(result: Result) -> Iterator[str]:
     bandwidth = result.roofline.bandwidth().per_second
     if cached := [row for row in result.rows if row.nbytes / row.min_s > 1.05 * bandwidth]:
         names = ", ".join(sorted({row.contestant for row in cached}))
-        yield f"note: {len(cached)} rows beat the read bandwidth, so their weights came from a cache: {names}"
+        yield f"note: {len(cached)} rows beat the read bandwidth, so their {what} came from a cache: {names}"
 
 
 def markdown(result: Result) -> str:
@@ -92,20 +95,23 @@ def markdown(result: Result) -> str:
     return "\n".join(f"- {line}" for line in lines) + "\n\n" + output.markdown_table(HEADER, rows) + "\n"
 
 
-def as_json(result: Result) -> dict[str, Any]:
-    """Everything as plain data; seconds, bytes and operations without prefixes, except where the name says so."""
-    roofline = result.roofline
+def roofs(roofline: Roofline) -> dict[str, Any]:
+    """The limits of the machine as plain data."""
     read = {
         pages: {"bytes_per_s": speed, "streams": streams, "prefetch": prefetch}
         for pages, (speed, streams, prefetch) in roofline.read.items()
     }
-    roofs = {"read": read, "huge_pages_granted": roofline.huge_granted, "operations_per_s": roofline.peaks}
+    return {"read": read, "huge_pages_granted": roofline.huge_granted, "operations_per_s": roofline.peaks}
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    """Everything as plain data; seconds, bytes and operations without prefixes, except where the name says so."""
     rows = []
     for row in result.rows:
         data = {name: value for name, value in vars(row).items() if name != "point"}
         point = vars(row.point.weight) | {"rows": row.point.rows, "compute": row.point.compute}
         rows.append(point | data | {"gb_s": row.gb_s, "gop_s": row.gop_s})
-    return {"machine": result.machine, "roofs": roofs, "rows": rows}
+    return {"machine": result.machine, "roofs": roofs(result.roofline), "rows": rows}
 
 
 def require_matplotlib() -> None:

@@ -112,8 +112,8 @@ def run(
     Raises:
         Int4Error: for a kernel set that cannot run here, or a contestant whose results are wrong.
     """
-    before, load = ops.isa(), os.getloadavg()[0]
     rotate = rotation() if rotate is None else rotate
+    before, found = ops.isa(), machine(rotate)
     try:
         for name in isas:
             ops.set_isa(name)
@@ -133,7 +133,7 @@ def run(
             del layers, others, dense
     finally:
         ops.set_isa(before)
-    return Result(_machine(rotate, load), roofline, compare(rows, roofline))
+    return Result(found, roofline, compare(rows, roofline))
 
 
 def compare(rows: Iterable[Row], roofline: Roofline) -> list[Row]:
@@ -227,11 +227,12 @@ def _error(contestant: Contestant, x: Tensor, dense: Tensor) -> float:
     return error
 
 
-def _machine(rotate: int, load: float) -> dict[str, Any]:
+def machine(rotate: int) -> dict[str, Any]:
+    """Where and with what figures are taken, as data; the load is that of now, before the run."""
     found = torch_int4.info()
     try:
         cpu = Path("/proc/cpuinfo").read_text()
         model = next(line.split(":", 1)[1].strip() for line in cpu.splitlines() if line.startswith("model name"))
     except (OSError, StopIteration):
         model = "unknown"
-    return found | {"cpu": model, "cpus": os.cpu_count(), "load": round(load, 2), "rotate_bytes": rotate}
+    return found | {"cpu": model, "cpus": os.cpu_count(), "load": round(os.getloadavg()[0], 2), "rotate_bytes": rotate}

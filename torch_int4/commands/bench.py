@@ -7,8 +7,12 @@ from typing import Annotated
 
 import typer
 
+app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 
+
+@app.callback()
 def main(
+    context: typer.Context,
     full: Annotated[bool, typer.Option("--full/--quick", help="All points (hours), or a few (minutes).")] = False,
     shape: Annotated[list[str] | None, typer.Option(help="Outputs x inputs, as 11008x4096. Repeat for more.")] = None,
     rows: Annotated[list[int] | None, typer.Option(help="Rows of the input, M. Repeat for more.")] = None,
@@ -43,6 +47,8 @@ def main(
 
         torch-int4 bench --full --no-peers --compute fp32 --json fp32.json
     """
+    if context.invoked_subcommand is not None:
+        return
     import torch
     from rich.console import Console
 
@@ -77,3 +83,49 @@ def main(
         markdown.write_text(report.markdown(result), encoding="utf-8")
     if plot is not None:
         report.plot(result, plot)
+
+
+@app.command()
+def attention(
+    kind: Annotated[list[str] | None, typer.Option(help="decode, prefill or append. Repeat for more.")] = None,
+    context: Annotated[list[int] | None, typer.Option(help="Tokens in the cache. Repeat for more.")] = None,
+    geometry: Annotated[list[str] | None, typer.Option(help="Heads/kv heads x head size, as 32/8x128.")] = None,
+    isa: Annotated[str, typer.Option(help="Kernel set, see torch-int4 info.")] = "",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch; without it, as it is set.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Time for a point; three rounds happen anyway.")] = 4.0,
+    json: Annotated[Path | None, typer.Option(help="Also write the figures to this file.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
+) -> None:
+    """Time attention next to torch's scaled_dot_product_attention, and the step that appends to the cache.
+
+    decode is one token against a cache, prefill a whole prompt, append the rotation and storing of one token. Caches
+    are fp32, bf16 and int8; the cache rotates through 256 MiB or more. The table shows the best and the median time of
+    one call, cache bytes and operations per second, the speed over torch (the faster of its fp32 and bf16; for
+    prompts the same type), and for decode the share of the read bandwidth. Compare figures within one run only.
+
+    Example:
+
+        torch-int4 bench attention --kind decode --context 4096
+    """
+    import torch
+    from rich.console import Console
+
+    from torch_int4.evals import output
+    from torch_int4.evals.bench import attention as bench
+    from torch_int4.evals.bench import attention_report, report
+
+    geometries = [bench.parse_geometry(text) for text in geometry or ()]
+    points = bench.select(kinds=kind or (), contexts=context or (), geometries=geometries)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    console = Console()
+    with console.status("") as status:
+        result = bench.run(points, isa=isa, seconds=seconds, note=status.update)
+    wide = console if console.is_terminal else Console(width=200)  # a file or a pipe has no width to keep
+    wide.print(attention_report.table(result), "")
+    for line in (*report.machine_lines(result, "caches"), *report.roof_lines(result.roofline)):
+        wide.print(line, highlight=False, markup=False, soft_wrap=True)
+    if json is not None:
+        output.write_json(json, attention_report.as_json(result))
+    if markdown is not None:
+        markdown.write_text(attention_report.markdown(result), encoding="utf-8")
