@@ -119,7 +119,7 @@ struct IsaKernels {
   void (*attend_many)(const AttentionTile&);
   // Normalizes `count` floats. Sums run in 16 lanes in every kernel, so that results are the same bits.
   void (*normalize)(const float* x, int64_t count, const RowNorm& norm, float* y);
-  // gate = activation(gate) * up, both rounded to `dtype`, which is that of gate and up.
+  // gate = activation(gate) * up, both rounded to `dtype`, which is that of gate and up; up may be null, as ones are.
   void (*gate)(float* gate, const float* up, int64_t count, Activation activation, DType dtype);
   IsaKernels* next;
 };

@@ -55,11 +55,11 @@ void load_row(const Job& job, int64_t row, float* target) {
     const auto* values = reinterpret_cast<const float*>(source);
     if (x.dtype != DType::kF32) job.kernels.to_float(source, x.dtype, k, target), values = target;
     job.kernels.normalize(values, k, *x.norm, target);
-  } else if (x.gate) {
-    float* up = other.get<float>(k);
-    job.kernels.to_float(source, x.dtype, k, up);
-    job.kernels.to_float(static_cast<const char*>(x.gate) + byte, x.dtype, k, target);
-    job.kernels.gate(target, up, k, x.activation, x.dtype);
+  } else if (x.activation) {
+    float* up = x.gate ? other.get<float>(k) : nullptr;
+    if (up) job.kernels.to_float(source, x.dtype, k, up);
+    job.kernels.to_float(x.gate ? static_cast<const char*>(x.gate) + byte : source, x.dtype, k, target);
+    job.kernels.gate(target, up, k, *x.activation, x.dtype);
   } else {
     job.kernels.to_float(source, x.dtype, k, target);
   }
@@ -69,7 +69,7 @@ void load_row(const Job& job, int64_t row, float* target) {
 const float* padded_row(const Job& job, int64_t row, Buffer& converted, Buffer& permuted) {
   const Input& x = job.x;
   const int64_t k = job.w().in_features, padded = job.w().padded_inputs;
-  const bool changes = x.dtype != DType::kF32 || x.perm || x.norm || x.gate || padded != k;
+  const bool changes = x.dtype != DType::kF32 || x.perm || x.norm || x.activation || padded != k;
   if (!changes) return static_cast<const float*>(x.data) + row * k;
   float* target = converted.get<float>(padded);
   load_row(job, row, target);
@@ -142,20 +142,21 @@ const char* linear(const PackedWeight* w, const Output* y, int count, const Inpu
   return job.kernels.name;
 }
 
-void gated_mlp(const GatedMlp& mlp, Compute compute, ParallelFor parallel) {
+void mlp(const Mlp& m, Compute compute, ParallelFor parallel) {
   thread_local Buffer buffer;  // gate and up, in the type of x
-  const int64_t inner = mlp.weights[0].out_features, rows = mlp.x.rows;
-  const int64_t bytes = rows * inner * (mlp.x.dtype == DType::kF32 ? 4 : 2);
-  char* gate = buffer.get<char>(2 * bytes);
-  const Output halves[] = {{gate, mlp.x.dtype, inner, mlp.biases[0], 1},
-                           {gate + bytes, mlp.x.dtype, inner, mlp.biases[1], 1}};
-  linear(mlp.weights, halves, 2, mlp.x, compute, parallel);
-  Input product{gate + bytes, mlp.x.dtype, rows, mlp.down_perm};
-  product.gate = gate;
-  product.activation = mlp.activation;
-  Output output = mlp.output;
-  output.bias = mlp.biases[2];
-  linear(mlp.weights + 2, &output, 1, product, compute, parallel);
+  const int64_t inner = m.weights[0].out_features, rows = m.x.rows;
+  const int64_t bytes = rows * inner * (m.x.dtype == DType::kF32 ? 4 : 2);
+  const int count = m.gated ? 2 : 1;
+  char* first = buffer.get<char>(count * bytes);
+  const Output inside[] = {{first, m.x.dtype, inner, m.biases[0], 1},
+                           {first + bytes, m.x.dtype, inner, m.biases[1], 1}};
+  linear(m.weights, inside, count, m.x, compute, parallel);
+  Input product{m.gated ? first + bytes : first, m.x.dtype, rows, m.down_perm};
+  product.gate = m.gated ? first : nullptr;
+  product.activation = &m.activation;
+  Output output = m.output;
+  output.bias = m.biases[count];
+  linear(m.weights + count, &output, 1, product, compute, parallel);
   buffer.trim(kKeptBytes);
 }
 

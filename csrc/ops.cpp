@@ -115,6 +115,12 @@ Tensor codebook(std::string name) {
 
 std::string isa() { return active_kernels().name; }
 
+// Memory whose contents are lost.
+void advise_op(Tensor memory) {
+  check_tensor(memory, "memory", ScalarType::Byte, "uint8", {memory.numel()});
+  advise_huge_pages(memory.mutable_data_ptr(), size_t(memory.numel()));
+}
+
 void set_isa(std::string name) { select_kernels(name); }
 
 std::string isas(bool only_supported) {
@@ -142,6 +148,7 @@ STABLE_TORCH_LIBRARY(torch_int4, m) {
       "Tensor? perm=None, *, int[] out_features, int group_size, str weight_type=\"int4\", str compute=\"int8\", "
       "ScalarType? out_dtype=None) -> Tensor[]");
   m.def("codebook(str name) -> Tensor");
+  m.def("advise_huge_pages(Tensor(a!) memory) -> ()");
   m.def("isa() -> str");
   m.def("set_isa(str name) -> ()");
   m.def("isas(bool only_supported) -> str");
@@ -153,6 +160,7 @@ STABLE_TORCH_LIBRARY_IMPL(torch_int4, CPU, m) {
   m.impl("dequantize", TORCH_BOX(&dequantize_op));
   m.impl("int4_linear", TORCH_BOX(&int4_linear));
   m.impl("int4_linears", TORCH_BOX(&int4_linears));
+  m.impl("advise_huge_pages", TORCH_BOX(&advise_op));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torch_int4, CompositeExplicitAutograd, m) {

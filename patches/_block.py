@@ -1,4 +1,4 @@
-"""The decoder layer half of a patch: layers whose computation we know run in five operator calls."""
+"""The decoder layer half of a patch: layers whose computation we know run in one operator call, or in a few."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def fuse(model: nn.Module, by_module: dict[int, Family]) -> int:
     count = 0
     for module in model.modules():
         family = by_module.get(id(module))
-        if family is not None and family.block is not None:
-            count += _fuse_module(module, family.block)
+        if family is not None:
+            count += any(_fuse_module(module, layout) for layout in family.blocks)
     return count
 
 
 def _fuse_module(module: nn.Module, layout: BlockLayout) -> bool:
     attention, mlp = module._modules.get(layout.attention), module._modules.get(layout.mlp)
-    norms = [module._modules.get(name) for name in (layout.input_norm, layout.post_norm)]
+    norms = [module._modules.get(name) for name in layout.norms]
     if attention is None or mlp is None or None in norms or "forward" in module.__dict__:
         return False
     from ..attention import FusedAttention
@@ -37,21 +37,33 @@ def _fuse_module(module: nn.Module, layout: BlockLayout) -> bool:
     from ..block_layout import KnownBlock
     from ..subclass import mix_in
 
-    if not isinstance(attention, FusedAttention) or not isinstance(attention.torch_int4_data.projections, tuple):
+    if isinstance(module, FusedBlock) or not isinstance(attention, FusedAttention):
         return False
-    if isinstance(module, FusedBlock) or type(norms[0]) is not type(norms[1]):
+    if type(norms[0]) is not type(norms[-1]) or not all(map(functools.partial(_is_norm, layout), norms)):
         return False
-    kinds = (type(module), type(mlp), type(norms[0]))
-    if tuple(map(fingerprint, kinds)) != layout.forwards:
+    kinds: tuple[Any, Any, Any] = (type(module), type(mlp), type(norms[0]))
+    if not all(want is None or fingerprint(kind) == want for kind, want in zip(kinds, layout.forwards, strict=True)):
         return False
-    linears = (layout.gate, layout.up, layout.down)
-    if not all(isinstance(mlp._modules.get(name), nn.Module) for name in linears):
+    if any(_attribute(module, name) != value for name, value in layout.when):
+        return False
+    if not all(isinstance(mlp._modules.get(name), nn.Module) for name in layout.linears):
         return False
     if type(getattr(mlp, layout.activation, None)).__name__ not in ACTIVATIONS:
         return False
-    if not all(hasattr(norm, layout.eps) and hasattr(norm, "weight") for norm in norms):
-        return False
     return mix_in(FusedBlock, module, KnownBlock(layout, *kinds[1:]))
+
+
+def _is_norm(layout: BlockLayout, norm: Any) -> bool:
+    if layout.forwards[2] is None and (type(norm) is not nn.LayerNorm or len(norm.normalized_shape) != 1):
+        return False
+    return hasattr(norm, layout.eps) and getattr(norm, "weight", None) is not None
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    found: Any = module
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
 
 
 @functools.cache

@@ -27,14 +27,14 @@ class Family:
             call. The names are relative to a module that holds them; a module without them is passed over.
         not_shared_beside: names of modules that, beside such linears, give them different inputs.
         attention: where attention modules keep what fused attention needs; None leaves them alone.
-        block: what decoder layers compute, where it is what Llama's do; None leaves them alone.
+        blocks: what decoder layers compute, one entry for each kind of them; others are left alone.
         head: path of the projection onto the vocabulary in a model that has no `get_output_embeddings()`.
     """
 
     shared_inputs: tuple[tuple[str, ...], ...] = ()
     not_shared_beside: tuple[str, ...] = ()
     attention: AttentionLayout | None = None
-    block: BlockLayout | None = None
+    blocks: tuple[BlockLayout, ...] = ()
     head: str = "lm_head"
 
 

@@ -7,5 +7,5 @@ from . import llama
 
 FAMILY = dataclasses.replace(
     llama.FAMILY,
-    block=BlockLayout((*llama.FORWARDS[:2], "2dad5f5760750e09"), eps="eps", norm_offset=1.0),
+    blocks=(BlockLayout((*llama.FORWARDS[:2], "2dad5f5760750e09"), eps="eps", norm_offset=1.0),),
 )

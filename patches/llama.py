@@ -9,5 +9,5 @@ FORWARDS = ("1a8125909341e389", "7d2027d4464e3e71", "9635bcd843f309a0")  # decod
 FAMILY = Family(
     shared_inputs=(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
     attention=AttentionLayout(),
-    block=BlockLayout(FORWARDS),
+    blocks=(BlockLayout(FORWARDS),),
 )

@@ -4,4 +4,4 @@ import dataclasses
 
 from . import llama
 
-FAMILY = dataclasses.replace(llama.FAMILY, block=None)
+FAMILY = dataclasses.replace(llama.FAMILY, blocks=())

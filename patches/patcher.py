@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .. import recipes
+from .. import arena, recipes
 from ..config import Int4Config
 from ..errors import Int4Error
 from ..linear import Int4Linear
@@ -89,6 +89,7 @@ def patch(
             _ties.forget(model, ties, replaced)
         while embeddings:
             _store_bf16(*embeddings.pop(), report)
+        arena.gather(module for module in model.modules() if isinstance(module, Int4Linear))
         report.merged += _merge(model, by_module)
         fused, interfaces = _attention.fuse(model, by_module, config)
         report.fused += fused

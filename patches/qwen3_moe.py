@@ -4,4 +4,4 @@ import dataclasses
 
 from . import qwen3
 
-FAMILY = dataclasses.replace(qwen3.FAMILY, block=None)
+FAMILY = dataclasses.replace(qwen3.FAMILY, blocks=())

@@ -110,6 +110,11 @@ class Calls(TorchDispatchMode):
         super().__init__()
         self.counts = Counter()
 
+    @property
+    def attended(self):
+        """Layers whose attention ran in our operators."""
+        return self.counts["attention"] + self.counts["decoder_layer"]
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "torch_int4":
             self.counts[func._opname] += 1

@@ -37,7 +37,7 @@ def test_a_family_is_data_about_modules_that_exist(name):
     ],
 )
 def test_linears_with_one_input_are_one_call(name, linears, others):
-    family = dataclasses.replace(families.resolve(family_of(name)), block=None)
+    family = dataclasses.replace(families.resolve(family_of(name)), blocks=())
     patched, _ = pair(name, head="float", family=family)
     assert patched.torch_int4_report.merged == 2 * len(linears)
     with torch.no_grad(), Calls() as calls:
@@ -79,7 +79,7 @@ def test_the_implementation_that_was_loaded_does_not_matter(name, loaded):
     mask[0, :4] = 0
     with torch.no_grad(), Calls() as calls:
         got = patched(prompt(), attention_mask=mask).logits[mask.bool()]
-    assert calls.counts["attention"] == 2
+    assert calls.attended == 2
     with torch.no_grad():
         assert_near(got, reference(prompt(), attention_mask=mask).logits[mask.bool()], 2e-3)
 
@@ -108,7 +108,7 @@ def test_unexpected_arguments_go_to_the_stock_module():
     for options in ({"is_causal": False}, {"something": 3}, {"attention_mask": torch.ones(1, 4)[:, None, None] > 0}):
         with torch.no_grad(), Calls() as calls:
             got = attention(hidden, position_embeddings=tables, **{"attention_mask": None, **options})[0]
-            served = calls.counts["attention"]
+            served = calls.attended
             want = stock(hidden, position_embeddings=tables, **{"attention_mask": None, **options})[0]
         assert served == ("attention_mask" in options)
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)

@@ -81,8 +81,7 @@ class Int4CacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             self._allocate(key.transpose(1, 2), value.transpose(1, 2), self._resolve(key.dtype))
         tokens = key.shape[1]
-        if self.max_length is None and self._count + tokens > self.capacity:
-            self._grow(self._count + tokens)
+        self._make_room(tokens)
         query = call(
             torch.ops.torch_int4.rotary_append.default,
             query,
@@ -98,9 +97,20 @@ class Int4CacheLayer(CacheLayerMixin):
             rotary_dim=rotary_dim,
             interleaved=interleaved,
         )
+        self.advance(tokens)
+        return query
+
+    def reserve(self, x: Tensor, kv_heads: int, head_size: int) -> None:
+        """Makes room for keys and values of x `[batch, tokens, features]`, which an operator then appends."""
+        if not self.is_initialized:
+            states = x.new_empty(1).expand(x.shape[0], kv_heads, x.shape[1], head_size)
+            self._allocate(states, states, self._resolve(x.dtype))
+        self._make_room(x.shape[1])
+
+    def advance(self, tokens: int) -> None:
+        """Counts tokens that an operator has appended."""
         if self.max_length is None:
             self._count += tokens
-        return query
 
     def attend(self, query: Tensor, mask: Tensor | None, *, scale: float, softcap: float = 0.0) -> Tensor:
         """Attention of the last tokens to all in the cache; causal where there is no mask.
@@ -244,7 +254,10 @@ class Int4CacheLayer(CacheLayerMixin):
         names = ("keys", "values", "key_scales", "value_scales")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
-    def _grow(self, needed: int) -> None:
+    def _make_room(self, tokens: int) -> None:
+        needed = self._count + tokens
+        if self.max_length is not None or needed <= self.capacity:
+            return
         capacity = _blocks(max(needed, self.capacity + self.capacity // 2))
         for name, old in self._tensors().items():
             with _writable():

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch_int4.merge import SharedInput
 
 COMPUTE = ("int8", "int8x2", "bf16", "fp32")
-_PACKED = ("packed", "packed_scales", "packed_offsets")
+PACKED = ("packed", "packed_scales", "packed_offsets")
 
 
 class Int4Linear(nn.Linear):
@@ -46,7 +46,7 @@ class Int4Linear(nn.Linear):
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias)
         self.register_parameter("bias", bias)
-        for name in _PACKED:
+        for name in PACKED:
             self.register_buffer(name, None, persistent=False)
         self.register_buffer("perm", None, persistent=False)
         self._pack(weight)
@@ -163,7 +163,7 @@ class Int4Linear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int4Linear:
         """`.to(dtype)`, `.half()` and the like concern activations: the scales keep the type they were packed in."""
-        before = {name: self._buffers[name] for name in _PACKED}
+        before = {name: self._buffers[name] for name in PACKED}
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = self._buffers[name]

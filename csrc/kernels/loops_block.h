@@ -90,8 +90,9 @@ template <class V>
 void loops_gate(float* gate, const float* up, int64_t count, Activation activation, DType dtype) {
   using S = Softmax<V>;
   for_lanes(count, [&](int64_t i, int64_t n) {
-    const auto a = round_lanes<V>(Activations<V>::run(S::load_floats(gate + i, n), activation), dtype);
-    store_floats<V>(gate + i, n, round_lanes<V>(V::mul(a, S::load_floats(up + i, n)), dtype));
+    auto a = round_lanes<V>(Activations<V>::run(S::load_floats(gate + i, n), activation), dtype);
+    if (up) a = round_lanes<V>(V::mul(a, S::load_floats(up + i, n)), dtype);
+    store_floats<V>(gate + i, n, a);
   });
 }
 

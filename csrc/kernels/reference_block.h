@@ -41,7 +41,10 @@ float activate(float x, Activation activation) {
 }
 
 void gate(float* gate, const float* up, int64_t count, Activation activation, DType dtype) {
-  for (int64_t i = 0; i < count; ++i) gate[i] = round_to(dtype, round_to(dtype, activate(gate[i], activation)) * up[i]);
+  for (int64_t i = 0; i < count; ++i) {
+    gate[i] = round_to(dtype, activate(gate[i], activation));
+    if (up) gate[i] = round_to(dtype, gate[i] * up[i]);
+  }
 }
 
 }  // namespace
