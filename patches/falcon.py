@@ -4,6 +4,7 @@ import dataclasses
 
 from ..attention_layout import AttentionLayout
 from ..block_layout import BlockLayout
+from ..folding import ScaleFold
 from .families import Family
 
 SERIAL = BlockLayout(
@@ -43,4 +44,17 @@ FAMILY = Family(
         repeats_kv="new_decoder_architecture",
     ),
     blocks=(SERIAL, ONE_NORM, TWO_NORMS),
+    folds=(
+        ScaleFold("input_layernorm", ("self_attention.query_key_value", "mlp.dense_h_to_4h")),
+        ScaleFold("input_layernorm", ("self_attention.query_key_value",)),
+        ScaleFold("ln_attn", ("self_attention.query_key_value",)),
+        ScaleFold("ln_mlp", ("mlp.dense_h_to_4h",)),
+        ScaleFold("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
+        ScaleFold(
+            "self_attention.query_key_value",
+            ("self_attention.dense",),
+            head_dim="self_attention.head_dim",
+            fused=True,
+        ),
+    ),
 )

@@ -4,6 +4,7 @@ import dataclasses
 
 from ..attention_layout import AttentionLayout
 from ..block_layout import BlockLayout
+from ..folding import ScaleFold
 from .families import Family
 
 SERIAL = BlockLayout(
@@ -26,4 +27,9 @@ FAMILY = Family(
         head_dim="head_size",
     ),
     blocks=(SERIAL, dataclasses.replace(SERIAL, when=(("use_parallel_residual", True),), parallel=True)),
+    folds=(
+        ScaleFold("input_layernorm", ("attention.query_key_value",)),
+        ScaleFold("post_attention_layernorm", ("mlp.dense_h_to_4h",)),
+        ScaleFold("attention.query_key_value", ("attention.dense",), head_dim="attention.head_size", fused=True),
+    ),
 )

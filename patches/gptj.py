@@ -2,6 +2,7 @@
 
 from ..attention_layout import AttentionLayout
 from ..block_layout import BlockLayout
+from ..folding import ScaleFold
 from .families import Family
 
 FAMILY = Family(
@@ -29,5 +30,9 @@ FAMILY = Family(
             norm="layer",
             eps="eps",
         ),
+    ),
+    folds=(
+        ScaleFold("ln_1", ("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.fc_in")),
+        ScaleFold("attn.v_proj", ("attn.out_proj",)),
     ),
 )

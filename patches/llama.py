@@ -2,12 +2,22 @@
 
 from ..attention_layout import AttentionLayout
 from ..block_layout import BlockLayout
+from ..folding import ScaleFold
 from .families import Family
 
 FORWARDS = ("1a8125909341e389", "7d2027d4464e3e71", "9635bcd843f309a0")  # decoder layer, MLP, RMSNorm
+
+FOLDS = (
+    ScaleFold("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    ScaleFold("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj")),  # where the next one comes after o_proj
+    ScaleFold("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    ScaleFold("self_attn.v_proj", ("self_attn.o_proj",), head_dim="self_attn.head_dim"),
+    ScaleFold("mlp.up_proj", ("mlp.down_proj",)),
+)
 
 FAMILY = Family(
     shared_inputs=(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
     attention=AttentionLayout(),
     blocks=(BlockLayout(FORWARDS),),
+    folds=FOLDS,
 )

@@ -13,11 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import arena, recipes
+from ..calibrated import CalibratedPass
+from ..calibration import Calibration
 from ..config import Int4Config
 from ..errors import Int4Error
 from ..linear import Int4Linear
 from ..merge import merge_inputs
-from . import _attention, _block, _scan, _ties, families
+from ..weight import Int4Weight
+from . import _attention, _block, _foreign, _scan, _ties, families
 from ._embedding import Bf16Embedding
 from ._report import PatchedLinear, PatchReport
 from ._scan import Target
@@ -42,6 +45,8 @@ def patch(
     model: ModelT,
     config: Int4Config | None = None,
     *,
+    calibration: Any = None,
+    tokenizer: Any = None,
     family: families.Family | str | None = None,
     progress: bool | None = None,
     **overrides: Any,
@@ -49,14 +54,20 @@ def patch(
     """Replace the linears of `model` by int4 ones, in place, and return it.
 
     Every `nn.Linear` is replaced (and GPT-2's `Conv1D`), the projection onto the vocabulary and the
-    embeddings as the config says. Attention runs in fused operators over a managed KV cache, where the model is of
-    a kind that we know; else it stays what it was. Float weights are freed layer by layer, so that at most one
-    layer is held in both forms. What was done is measured in `model.torch_int4_report`, which can be printed.
+    embeddings as the config says. Linears that another backend has loaded (GPTQ, AWQ, AutoRound, compressed-tensors,
+    bitsandbytes, HQQ, torchao, GGUF) are taken over as they are, with the codes and groups that they have. Attention
+    runs in fused operators over a managed KV cache, where the model is of a kind that we know; else it stays what it
+    was. Float weights are freed layer by layer, so that at most one layer is held in both forms. What was
+    done is measured in `model.torch_int4_report`, which can be printed.
     Everything is checked before anything is changed. Patching a model again with the same config does nothing.
 
     Args:
         model: any module on the CPU, with weights loaded.
         config: how to quantize; `Int4Config()` by default.
+        calibration: what recipes that need data look at: texts, a `Dataset`, token ids, a DataLoader, or a
+            `Calibration` that also says how much of it; a built-in text, with a warning, where nothing is given.
+            Recipes that need no data use it for the clip search.
+        tokenizer: for calibration with texts.
         family: facts about the model's modules, a `Family` or the name of one; by default found by
             `model.config.model_type`, and generic where that is unknown.
         progress: show a progress bar; by default where the standard error output is a terminal.
@@ -74,22 +85,30 @@ def patch(
 
     by_module = families.of_modules(model, given)
     targets, skipped = _scan.find_targets(model, config, _scan.find_head(model, by_module[id(model)]))
+    foreign = _foreign.find(model, config)
+    taken = {name for target in foreign for name in target.names}
+    skipped = [entry for entry in skipped if entry[0] not in taken]
     embeddings, kept = _find_embeddings(model, config, targets)
-    if not targets and not any(isinstance(m, Int4Linear) for m in model.modules()):
+    if not targets and not foreign and not any(isinstance(m, Int4Linear) for m in model.modules()):
         raise Int4Error(_nothing_to_do(model, skipped))
 
-    if targets or embeddings:
+    calibrated = _calibrated(model, targets, config, by_module, (calibration, tokenizer), progress)
+    if targets or foreign or embeddings or not report.complete:
         report.complete = False
         model.torch_int4_report = report  # type: ignore[assignment]
-        ties = _ties.record(model)
+        ties, before = _ties.record(model), set(map(id, _int4(model)))  # the latter may be mapped from a file
         try:
-            _convert_all(targets, config, report, progress)
+            _convert_foreign(foreign, config, report, progress)
+            _convert_all(targets, config, report, progress, calibrated)
         finally:  # also after a failure the rest has to stay consistent
-            replaced = {name for target in targets if target.module is None for name in target.names}
+            done: list[Target | _foreign.Foreign] = [*targets, *foreign]
+            replaced = {name for target in done if target.module is None for name in target.names}
             _ties.forget(model, ties, replaced)
         while embeddings:
             _store_bf16(*embeddings.pop(), report)
-        arena.gather(module for module in model.modules() if isinstance(module, Int4Linear))
+        arena.gather(linear for linear in _int4(model) if id(linear) not in before)
+        if foreign:
+            _foreign.forget_backend(model)
         report.merged += _merge(model, by_module)
         fused, interfaces = _attention.fuse(model, by_module, config)
         report.fused += fused
@@ -97,8 +116,13 @@ def patch(
         report.blocks += _block.fuse(model, by_module)
         report.skipped = skipped + kept
         report.complete = True
+        _make_saveable(model, config)
         _return_memory()
     return model
+
+
+def _int4(model: nn.Module) -> list[Int4Linear]:
+    return [module for module in model.modules() if isinstance(module, Int4Linear)]
 
 
 def _previous_report(model: nn.Module, config: Int4Config) -> PatchReport | None:
@@ -125,29 +149,82 @@ def _nothing_to_do(model: nn.Module, skipped: list[tuple[str, str]]) -> str:
     return f"{kind}: none of its {len(skipped)} linears can be patched ({reasons})"
 
 
-def _convert_all(targets: list[Target], config: Int4Config, report: PatchReport, progress: bool | None) -> None:
-    for done, target in enumerate(_with_progress(targets, progress)):
+def _calibrated(
+    model: nn.Module,
+    targets: list[Target],
+    config: Int4Config,
+    by_module: dict[int, families.Family],
+    data: tuple[Any, Any],
+    progress: bool | None,
+) -> CalibratedPass | None:
+    """The pass over calibration data, if the recipe needs one or the user gave data that it can use."""
+    recipe = recipes.parse(config.recipe)
+    four_bits = [target for target in targets if target.bits == 4]
+    if not four_bits or not (recipe.needs_calibration or (data[0] is not None and recipe.configure(config).clip)):
+        return None
+    chosen = {target.name: (target.module, target.bits) for target in targets if target.module is not None}
+    facts = {key: family.folds for key, family in by_module.items() if family.folds}
+    return CalibratedPass(model, chosen, facts, config, Calibration.of(*data), progress)
+
+
+def _convert_foreign(
+    foreign: list[_foreign.Foreign], config: Int4Config, report: PatchReport, progress: bool | None
+) -> None:
+    for done, target in enumerate(_with_progress(foreign, progress)):
         try:
-            report.linears.append(_convert(target, config))
+            _foreign.convert(target, config, report, HOOKS)
         except Exception as error:
-            raise Int4Error(
-                f"{target.name}: conversion failed after {done} of {len(targets)} linears, so the model is "
-                f"half int4 and must be loaded again: {error}"
-            ) from error
+            state = f"after {done} of {len(foreign)} linears, so the model must be loaded again" if done else "at once"
+            raise Int4Error(f"{target.name}: taking it over from its backend failed {state}: {error}") from error
 
 
-def _convert(target: Target, config: Int4Config) -> PatchedLinear:
-    """Quantize one linear, put the new module into every place, and let go of the old one."""
+def _convert_all(
+    targets: list[Target],
+    config: Int4Config,
+    report: PatchReport,
+    progress: bool | None,
+    calibrated: CalibratedPass | None,
+) -> None:
+    done = 0
+    try:
+        for target, weight in _weights(targets, config, progress, calibrated):
+            report.linears.append(_replace(target, weight, config))
+            done += 1
+    except Exception as error:
+        raise Int4Error(
+            f"{targets[done].name}: conversion failed after {done} of {len(targets)} linears, so the model is "
+            f"half int4 and must be loaded again: {error}"
+        ) from error
+    if calibrated is not None:
+        report.notices += calibrated.notices
+
+
+def _weights(
+    targets: list[Target], config: Int4Config, progress: bool | None, calibrated: CalibratedPass | None
+) -> Iterator[tuple[Target, Int4Weight]]:
+    """Every target with its quantized weight: those in blocks from the pass over data, then all others."""
+    by_name = {target.name: target for target in targets}
+    if calibrated is not None:
+        for name, weight in calibrated.weights():
+            yield by_name.pop(name), weight
+    rounding = recipes.parse(config.recipe).rounding if calibrated is None else recipes.get("rtn")
+    for target in _with_progress(list(by_name.values()), progress and calibrated is None):
+        old = target.module
+        assert old is not None
+        assert isinstance(old.weight, Tensor)
+        dense = old.weight.detach().t() if _scan.is_conv1d(old) else old.weight.detach()
+        recipe = rounding if target.bits == 4 else recipes.get("rtn")
+        yield target, recipe.quantize(dense, config, bits=target.bits, name=target.name)
+
+
+def _replace(target: Target, quantized: Int4Weight, config: Int4Config) -> PatchedLinear:
+    """Put the new module into every place of a linear, and let go of the old one."""
     old = target.module
     assert old is not None
     assert isinstance(old.weight, Tensor)
     weight = old.weight.detach()
     before = weight.numel() * weight.element_size()
-    if _scan.is_conv1d(old):
-        weight = weight.t()
-    recipe = recipes.get(config.recipe if target.bits == 4 else "rtn")
-    quantized = recipe.quantize(weight, config, bits=target.bits, name=target.name)
-    rows, inputs = weight.shape
+    rows, inputs = quantized.codes.shape
     bias = old.bias if isinstance(old.bias, Tensor) else None
     new = Int4Linear.from_weight(quantized, bias, compute=config.compute, dtype=weight.dtype)
     for name in HOOKS:
@@ -228,6 +305,13 @@ def _store_bf16(name: str, old: nn.Embedding, places: list[tuple[nn.Module, str]
     for parent, attribute in places:
         setattr(parent, attribute, new)
     report.embeddings.append((name, 4 * old.weight.numel(), 2 * old.weight.numel()))
+
+
+def _make_saveable(model: nn.Module, config: Int4Config) -> None:
+    if "transformers" in sys.modules:  # else there is nothing of theirs
+        from ..hf import make_saveable
+
+        make_saveable(model, config)
 
 
 def _return_memory() -> None:

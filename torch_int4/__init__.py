@@ -4,8 +4,12 @@ from importlib import metadata as _metadata
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
+from torch_int4 import harness_hook as _harness_hook
+from torch_int4.autotune import autotune
+from torch_int4.calibration import Calibration
 from torch_int4.config import Int4Config
 from torch_int4.errors import Int4Error
+from torch_int4.hf import from_pretrained
 from torch_int4.info import info
 from torch_int4.linear import Int4Linear
 from torch_int4.patches import patch
@@ -14,8 +18,22 @@ from torch_int4.weight import Int4Weight
 if _TYPE_CHECKING:
     from torch_int4.cache import Int4Cache
 
+_harness_hook.install()
+
 __version__ = _metadata.version("torch-int4")
-__all__ = ["Int4Cache", "Int4Config", "Int4Error", "Int4Linear", "Int4Weight", "__version__", "info", "patch"]
+__all__ = [
+    "Calibration",
+    "Int4Cache",
+    "Int4Config",
+    "Int4Error",
+    "Int4Linear",
+    "Int4Weight",
+    "__version__",
+    "autotune",
+    "from_pretrained",
+    "info",
+    "patch",
+]
 
 
 def __getattr__(name: str) -> _Any:

@@ -32,12 +32,14 @@ def _build() -> typer.Typer:
         """INT4 inference of Hugging Face models on CPUs. Start with: torch-int4 demo"""
 
     for found in pkgutil.iter_modules(commands.__path__):
+        if found.name.startswith("_"):  # what commands share
+            continue
         module = importlib.import_module(f"{commands.__name__}.{found.name}")
         name = found.name.replace("_", "-")
         if hasattr(module, "app"):  # a command with commands of its own
             cli.add_typer(module.app, name=name)
         else:
-            cli.command(name)(module.main)
+            cli.command(name, context_settings=getattr(module, "CONTEXT", None))(module.main)
     return cli
 
 

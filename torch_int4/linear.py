@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,6 +65,41 @@ class Int4Linear(nn.Linear):
         """Packs a canonical weight. `dtype` is that of the layer which it replaces."""
         module = cls(weight, bias, compute=compute)
         module.compute_dtype = dtype
+        return module
+
+    @classmethod
+    def from_packed(
+        cls,
+        packed: Tensor | None,
+        packed_scales: Tensor | None,
+        packed_offsets: Tensor | None = None,
+        perm: Tensor | None = None,
+        *,
+        out_features: int,
+        in_features: int,
+        group_size: int,
+        weight_type: str,
+        compute: str = "int8",
+        dtype: torch.dtype = torch.float32,
+    ) -> Int4Linear:
+        """Takes over tensors that another `Int4Linear` has packed, as they are; they are not copied.
+
+        Raises:
+            Int4Error: their dtypes or shapes are not those of such a weight.
+        """
+        if compute not in COMPUTE:
+            raise Int4Error(f"compute must be one of {', '.join(COMPUTE)}, not {compute!r}")
+        tensors = (packed, packed_scales, packed_offsets, perm)
+        ops.check_packed(*tensors, out_features, in_features, group_size, weight_type)
+        module = cls.__new__(cls)
+        nn.Module.__init__(module)
+        module.out_features, module.in_features = out_features, in_features
+        module.group_size, module.compute, module.weight_type = group_size, compute, weight_type
+        module.compute_dtype, module._shared = dtype, None
+        module.register_parameter("weight", None)
+        module.register_parameter("bias", None)
+        for name, value in zip((*PACKED, "perm"), tensors, strict=True):
+            module.register_buffer(name, value, persistent=False)
         return module
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,10 +166,45 @@ class Int4Linear(nn.Linear):
         )
 
     @property
+    def qweight(self) -> Tensor:
+        """The packed codes, under the names by which PEFT finds the device of a linear whose `weight` is None."""
+        return self.packed
+
+    W_q = qweight  # and by which it asks for `dequantize()`
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the packed weight, without the bias."""
         tensors = (self.packed, self.packed_scales, self.packed_offsets, self.perm)
         return sum(t.nbytes for t in tensors if t is not None)
+
+    def set_weight(self, weight: Int4Weight) -> None:
+        """Packs another canonical weight in place of this one.
+
+        Raises:
+            Int4Error: its shape, group size, type or permutation is another one, which linears that share an input
+                rely on.
+        """
+        kind = weight.codebook or f"int{weight.bits}"
+        own = (self.out_features, self.in_features, self.group_size, self.weight_type)
+        same_perm = weight.perm is self.perm or (
+            weight.perm is not None and self.perm is not None and torch.equal(weight.perm, self.perm)
+        )
+        if (*weight.codes.shape, weight.group_size, kind) != own or not same_perm:
+            raise Int4Error(
+                f"{kind} weight {list(weight.codes.shape)} with groups of {weight.group_size} cannot replace "
+                f"Int4Linear({self.extra_repr()}); make a new one with Int4Linear.from_weight"
+            )
+        self._pack(weight.validate())
+
+    def packed_state(self) -> dict[str, Tensor | None]:
+        """The packed tensors themselves, which `set_weight` replaces and never writes."""
+        return {name: self._buffers[name] for name in PACKED}
+
+    def set_packed_state(self, state: dict[str, Tensor | None]) -> None:
+        """Puts back what `packed_state` of this module was."""
+        for name in PACKED:
+            self._buffers[name] = state[name]
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of this layer."""
@@ -173,6 +245,10 @@ class Int4Linear(nn.Linear):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        writer = _writer.get()
+        if writer is not None:
+            destination.update({prefix + suffix: t for suffix, t in writer(self, prefix[:-1]).items()})
+            return
         weight = self.to_weight()
         codes = _pair_codes(weight.codes) if weight.bits == 4 else weight.codes
         destination[prefix + "codes"] = codes
@@ -210,6 +286,19 @@ class Int4Linear(nn.Linear):
             self._pack(weight)
         except (Int4Error, RuntimeError) as error:
             error_msgs.append(f"while loading {prefix[:-1]!r} into Int4Linear: {error}")
+
+
+_writer: ContextVar[Callable[[Int4Linear, str], dict[str, Tensor]] | None] = ContextVar("_writer", default=None)
+
+
+@contextlib.contextmanager
+def written_by(writer: Callable[[Int4Linear, str], dict[str, Tensor]]) -> Iterator[None]:
+    """Inside the block, `state_dict()` holds of each linear what `writer(linear, name)` returns, {suffix: tensor}."""
+    token = _writer.set(writer)
+    try:
+        yield
+    finally:
+        _writer.reset(token)
 
 
 def _pair_codes(codes: Tensor) -> Tensor:

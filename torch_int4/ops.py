@@ -54,6 +54,35 @@ def _groups(in_features: int, group_size: int) -> int:
     return 1 if group_size == -1 else -(-padded // min(group_size, padded))
 
 
+def check_packed(
+    packed: Tensor | None,
+    scales: Tensor | None,
+    offsets: Tensor | None,
+    perm: Tensor | None,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    weight_type: str,
+) -> None:
+    """Whether tensors are a packed weight of that shape. Raises `Int4Error`, naming the one that is not."""
+    panels = -(-out_features // PANEL_ROWS)
+    lines = _padded(in_features) * PANEL_ROWS // (64 if weight_type == "int8" else 128)
+    streams = (panels, _groups(in_features, group_size), PANEL_ROWS)
+    scale_dtypes = (torch.float16, torch.float32, torch.uint8)
+    offset_dtypes = (torch.uint8, *scale_dtypes[:2])
+    for name, tensor, dtypes, shape in (
+        ("packed", packed, (torch.uint8,), (panels, lines, 64)),
+        ("packed_scales", scales, scale_dtypes, streams),
+        ("packed_offsets", offsets, offset_dtypes, streams),
+        ("perm", perm, (torch.int64,), (in_features,)),
+    ):
+        if tensor is None and name in ("packed_offsets", "perm"):
+            continue
+        if tensor is None or tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
+            got = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+            raise Int4Error(f"{name} must be {' or '.join(map(str, dtypes))} {list(shape)}, got {got}")
+
+
 @torch.library.register_fake("torch_int4::pack")
 def _pack(
     codes: Tensor,

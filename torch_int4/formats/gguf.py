@@ -1,0 +1,296 @@
+"""GGUF tensors (llama.cpp): blocks of 32 inputs, or of 256 with two levels of scales.
+
+What lies on a grid that kernels have is taken over bit by bit, without rounding again. One group is 32 inputs; d and m
+are fp16, q unsigned codes:
+    Q4_0  w = d*(q - 8)          Q4_1    w = d*q + m             Q4_K    w = (d*s)*q - (dmin*t), 6-bit s and t
+    Q5_0  w = d*(q - 16)         Q5_1    w = d*q + m             Q5_K    as Q4_K; five bits take eight here
+    Q8_0  w = d*q, q signed      IQ4_NL  w = d*value[q]          IQ4_XS  w = (d*s)*value[q], values are int8
+    MXFP4 w = 2^(e - 127)*value[q], the code book E2M1
+The others (Q2_K, Q3_K, Q6_K with groups of 16, IQ1 ... IQ3, ternary) can only be expanded to floats: `dense`.
+Source: ggml's ggml-common.h and ggml-quants.c, and gguf-py 0.19, gguf/quants.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import Int4Error
+from ..weight import Int4Weight
+from . import _bits, _checks
+from ._format import Format, Settings
+
+IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+# type: (inputs, bytes) of a block
+BLOCKS = {
+    "Q4_0": (32, 18),
+    "Q4_1": (32, 20),
+    "Q5_0": (32, 22),
+    "Q5_1": (32, 24),
+    "Q8_0": (32, 34),
+    "IQ4_NL": (32, 18),
+    "MXFP4": (32, 17),
+    "Q4_K": (256, 144),
+    "Q5_K": (256, 176),
+    "IQ4_XS": (256, 136),
+}
+
+
+class GgufBlocks(nn.Module):
+    """A linear that keeps the blocks of a GGUF tensor until `patch` packs them.
+
+    Attributes:
+        weight: uint8 `[N, bytes per row]`.
+        kind: a type of `BLOCKS`.
+        bias: float `[N]`, or None.
+    """
+
+    weight: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(self, blocks: Tensor, kind: str, shape: tuple[int, ...], bias: Any = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.kind = kind
+        self.register_buffer("weight", blocks)
+        self.register_parameter("bias", bias if isinstance(bias, nn.Parameter) else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product with the expanded weight: slow, for what is left out of `patch`."""
+        shape = (self.out_features, self.in_features)
+        weight = FORMAT.read(
+            {"weight": self.weight}, Settings(layout=self.kind), shape=shape, name="weight"
+        ).dequantize()
+        return nn.functional.linear(x, weight.to(x.dtype), self.bias)
+
+
+class Gguf(Format):
+    """One tensor is one linear: {"weight": uint8 [N, bytes per row]}, and `settings.layout` names its type."""
+
+    name = "gguf"
+
+    def recognises(self, config: Mapping[str, Any]) -> bool:
+        """Files have no config; transformers puts this one into models that it loaded from GGUF."""
+        return config.get("quant_method") == "gguf"
+
+    def settings(self, config: Mapping[str, Any]) -> Settings:
+        """Each tensor of a file has its own type."""
+        return Settings(4, 32, mixed=True)
+
+    def suffixes(self, settings: Settings) -> dict[str, bool]:
+        """The blocks."""
+        return {"weight": True}
+
+    def read(
+        self, tensors: Mapping[str, Tensor], settings: Settings, *, shape: tuple[int, int], name: str
+    ) -> Int4Weight:
+        """See `Format.read`. `settings.layout` is a type of `BLOCKS`."""
+        if settings.layout not in BLOCKS:
+            raise Int4Error(
+                f"{name}: the GGUF type {settings.layout or '(none)'} lies on no grid of kernels and has to be "
+                f"expanded to floats; taken over as they are: {', '.join(BLOCKS)}"
+            )
+        rows, inputs = shape
+        per_block, size = BLOCKS[settings.layout]
+        if inputs % per_block:
+            raise Int4Error(f"{name}: has {inputs} inputs, and {settings.layout} holds multiples of {per_block}")
+        raw = _checks.take(tensors, "weight", name, (torch.uint8,), (rows, inputs // per_block * size))
+        weight = DECODERS[settings.layout](raw.reshape(rows, -1, size))
+        return _checks.serve(weight, f"{name} ({settings.layout})")
+
+    def holds(self, module: nn.Module) -> bool:
+        """`GgufBlocks`, and transformers' `GgufLinear`; both keep the blocks of the file."""
+        if isinstance(module, GgufBlocks):
+            return True
+        known = type(module).__name__ == "GgufLinear" and type(module).__module__.startswith("transformers.")
+        return known and isinstance(module.weight, Tensor) and module.weight.dtype == torch.uint8
+
+    def convert_module(self, module: nn.Module, *, name: str) -> Int4Weight | None:
+        """See `Format.convert_module`; None for types without a grid."""
+        if not self.holds(module) or _kind_of(module, name) not in BLOCKS:
+            return None
+        weight: Any = module.weight
+        _checks.on_cpu(weight, name)
+        settings = Settings(layout=_kind_of(module, name))
+        shape = (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
+        result = self.read({"weight": weight}, settings, shape=shape, name=name)
+        order = getattr(module, "input_permutation", None)
+        if isinstance(order, Tensor):  # it gathers its input by this index, as `perm` does
+            result.perm = order.long()
+        return result.validate(name)
+
+    def dense_module(self, module: nn.Module, *, name: str) -> Tensor | None:
+        """fp32 `[N, K]` of such a linear, whatever its type."""
+        if not self.holds(module):
+            return None
+        weight, order = module.weight, getattr(module, "input_permutation", None)
+        assert isinstance(weight, Tensor)
+        shape = (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
+        values = dense(weight, _kind_of(module, name), shape, name)
+        if not isinstance(order, Tensor):
+            return values
+        ordered = torch.empty_like(values)
+        ordered[:, order.long()] = values
+        return ordered
+
+
+def dense(raw: Tensor, kind: str, shape: tuple[int, ...], name: str) -> Tensor:
+    """fp32 values of a tensor of any GGUF type, by the package gguf.
+
+    Args:
+        raw: uint8, the tensor's bytes.
+        kind: the type's name, as "Q6_K" or "F16".
+        shape: of the result.
+        name: the tensor, for messages.
+    """
+    gguf = require_gguf(name)
+    quantized = getattr(gguf.GGMLQuantizationType, kind)
+    per_block, size = gguf.GGML_QUANT_SIZES[quantized]
+    count = 1
+    for extent in shape:
+        count *= extent
+    if count % per_block or raw.numel() != count // per_block * size:
+        raise Int4Error(f"{name}: holds {raw.numel()} bytes, and {list(shape)} values of {kind} take others")
+    if kind == "BF16":
+        values = raw.view(torch.bfloat16).float()
+    else:
+        blocks = raw.contiguous().reshape(-1, shape[-1] // per_block * size).numpy()
+        if kind in ("F16", "F32", "F64"):
+            blocks = blocks.view({"F16": "<f2", "F32": "<f4", "F64": "<f8"}[kind])
+        try:
+            values = torch.from_numpy(gguf.quants.dequantize(blocks, quantized)).float()
+        except NotImplementedError as error:
+            raise Int4Error(f"{name}: the GGUF type {kind} is not read by the installed package gguf") from error
+    if not bool(torch.isfinite(values).all()):
+        raise Int4Error(f"{name}: holds NaN or infinity, so the file is damaged")
+    return values.reshape(shape)
+
+
+def require_gguf(name: str) -> Any:
+    """The package gguf.
+
+    Raises:
+        Int4Error: it is not installed.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise Int4Error(f"{name}: reading GGUF needs the package gguf; run: pip install gguf") from error
+    return gguf
+
+
+def _kind_of(module: Any, name: str) -> str:
+    if isinstance(module, GgufBlocks):
+        return module.kind
+    return str(require_gguf(name).GGMLQuantizationType(int(module.ggml_type)).name)
+
+
+def _half(blocks: Tensor, at: int) -> Tensor:
+    """fp16 `[N, blocks]` at a byte of each block."""
+    return blocks[..., at : at + 2].contiguous().view(torch.float16).squeeze(-1)
+
+
+def _halves(packed: Tensor) -> Tensor:
+    """uint8 `[N, blocks, 16]` to `[N, blocks * 32]`: all low nibbles of a block, then all high ones."""
+    return torch.cat((packed & 15, packed >> 4), dim=-1).flatten(1)
+
+
+def _fifth_bits(blocks: Tensor, at: int) -> Tensor:
+    """The bits of a 32-bit word at a byte of each block, 16 or 0, `[N, blocks * 32]`."""
+    bits = (blocks[..., at : at + 4, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    return (bits << 4).flatten(1)
+
+
+def _q4_0(blocks: Tensor) -> Int4Weight:
+    return Int4Weight(_halves(blocks[..., 2:]), _half(blocks, 0))
+
+
+def _q4_1(blocks: Tensor) -> Int4Weight:
+    return Int4Weight(_halves(blocks[..., 4:]), _half(blocks, 0), offsets=_half(blocks, 2))
+
+
+def _q5_0(blocks: Tensor) -> Int4Weight:
+    codes = _halves(blocks[..., 6:]) | _fifth_bits(blocks, 2)
+    return Int4Weight(codes + (128 - 16), _half(blocks, 0), bits=8)
+
+
+def _q5_1(blocks: Tensor) -> Int4Weight:
+    codes = _halves(blocks[..., 8:]) | _fifth_bits(blocks, 4)
+    return Int4Weight(codes, _half(blocks, 0), offsets=_half(blocks, 2), bits=8)
+
+
+def _q8_0(blocks: Tensor) -> Int4Weight:
+    return Int4Weight(blocks[..., 2:].flatten(1) ^ 128, _half(blocks, 0), bits=8)  # two's complement plus 128
+
+
+def _iq4_nl(blocks: Tensor) -> Int4Weight:
+    return Int4Weight(_iq4_codes(_halves(blocks[..., 2:])), _half(blocks, 0), bits=8)
+
+
+def _mxfp4(blocks: Tensor) -> Int4Weight:
+    return Int4Weight(_halves(blocks[..., 1:]), blocks[..., 0].contiguous(), codebook="fp4")
+
+
+def _q4_k(blocks: Tensor) -> Int4Weight:
+    scales, offsets = _k_scales(blocks)
+    return Int4Weight(_k_nibbles(blocks[..., 16:]), scales, offsets=offsets)
+
+
+def _q5_k(blocks: Tensor) -> Int4Weight:
+    scales, offsets = _k_scales(blocks)
+    # byte i of the high bits holds those of input i of each of the eight groups
+    high = (blocks[..., None, 16:48] >> torch.arange(8, dtype=torch.uint8)[:, None]) & 1
+    codes = _k_nibbles(blocks[..., 48:]) | (high << 4).flatten(1)
+    return Int4Weight(codes, scales, offsets=offsets, bits=8)
+
+
+def _iq4_xs(blocks: Tensor) -> Int4Weight:
+    high = blocks[..., 2:4].contiguous().view(torch.int16).int() & 0xFFFF
+    high = (high >> torch.arange(0, 16, 2, dtype=torch.int32)) & 3
+    low = _bits.split_nibbles(blocks[..., 4:8]).int()
+    scales = _half(blocks, 0).float()[..., None] * ((low | (high << 4)) - 32)
+    codes = _halves(blocks[..., 8:].unflatten(-1, (8, 16)).flatten(1, 2))
+    return Int4Weight(_iq4_codes(codes), scales.flatten(1), bits=8)
+
+
+def _iq4_codes(codes: Tensor) -> Tensor:
+    return torch.tensor([value + 128 for value in IQ4_VALUES], dtype=torch.uint8)[codes.long()]
+
+
+def _k_nibbles(packed: Tensor) -> Tensor:
+    """uint8 `[N, blocks, 128]` to `[N, blocks * 256]`: of each 32 bytes the low nibbles, then the high ones."""
+    parts = packed.unflatten(-1, (4, 32))
+    return torch.stack((parts & 15, parts >> 4), dim=-2).flatten(1)
+
+
+def _k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 scales and offsets `[N, groups]` of Q4_K and Q5_K; their products with six bits are exact in fp32.
+
+    Twelve bytes hold eight 6-bit scales and eight 6-bit minima: those of groups 0-3 in the low bits of bytes 0-3 and
+    4-7; those of groups 4-7 as nibbles of bytes 8-11, with their top two bits above the former.
+    """
+    packed = blocks[..., 4:16]
+    first, second, third = packed[..., 0:4], packed[..., 4:8], packed[..., 8:12]
+    scales = torch.cat((first & 63, (third & 15) | ((first >> 6) << 4)), dim=-1)
+    minima = torch.cat((second & 63, (third >> 4) | ((second >> 6) << 4)), dim=-1)
+    d, dmin = _half(blocks, 0).float(), _half(blocks, 2).float()
+    return (d[..., None] * scales).flatten(1), -(dmin[..., None] * minima).flatten(1)
+
+
+DECODERS: dict[str, Callable[[Tensor], Int4Weight]] = {
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
+    "Q8_0": _q8_0,
+    "IQ4_NL": _iq4_nl,
+    "MXFP4": _mxfp4,
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "IQ4_XS": _iq4_xs,
+}
+
+FORMAT = Gguf()

@@ -1,0 +1,120 @@
+"""Our own form, for what no common format can express: float offsets, code books, permutations, shorter last groups.
+
+Per linear of N outputs and K inputs, with G groups:
+    int4_codes    uint8 [N, ceil(K/2)], even inputs in the low nibble; [N, K] when a code has 8 bits
+    int4_scales   float16, bfloat16, float32 or uint8 [N, G]
+    int4_zeros    uint8 [N, G], or
+    int4_offsets  [N, G] in the scales' dtype; neither when symmetric
+    int4_perm     int64 [K], when columns are permuted
+    int4_layout   int64 [5]: bits, group size, code book (0 none, else 1 + its place in `CODEBOOKS`), N, K
+The meaning of each is that of `Int4Weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import Int4Error
+from ..weight import CODEBOOKS, SCALE_DTYPES, Int4Weight
+from ._format import Format, Settings
+
+VERSION = 1
+_PREFIX = "int4_"
+_OPTIONAL = ("zeros", "offsets", "perm")
+
+
+class Native(Format):
+    """`Int4Weight`, field by field."""
+
+    name = "native"
+    writes = True
+
+    def recognises(self, config: Mapping[str, Any]) -> bool:
+        """By its method and its format."""
+        return config.get("quant_method") == "torch_int4" and config.get("format") == "native"
+
+    def settings(self, config: Mapping[str, Any]) -> Settings:
+        """Nothing but the version: every linear says of itself what it is."""
+        version = config.get("version")
+        if version != VERSION:
+            raise Int4Error(
+                f"quantization_config.version: {version!r} is not read, only {VERSION}; a newer torch_int4 wrote this"
+            )
+        return Settings(bits=4, group_size=32, mixed=True)
+
+    def suffixes(self, settings: Settings) -> dict[str, bool]:
+        """See the top of this file."""
+        required = ("codes", "scales", "layout")
+        return {_PREFIX + name: name in required for name in (*required, *_OPTIONAL)}
+
+    def read(
+        self, tensors: Mapping[str, Tensor], settings: Settings, *, shape: tuple[int, int], name: str
+    ) -> Int4Weight:
+        """See `Format.read`."""
+        bits, size, book, rows, inputs = _layout(tensors, name)
+        if (rows, inputs) != shape:
+            raise Int4Error(f"{name}.int4_layout: says {[rows, inputs]}, but the model's linear is {list(shape)}")
+        codes = _tensor(tensors, "codes", name, (torch.uint8,), (rows, -(-inputs // 2) if bits == 4 else inputs))
+        if bits == 4:
+            codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)[:, :inputs].contiguous()
+        groups = 1 if size == -1 else -(-inputs // size)
+        scales = _tensor(tensors, "scales", name, SCALE_DTYPES, (rows, groups))
+        fields: dict[str, Tensor] = {}
+        if "int4_zeros" in tensors:
+            fields["zeros"] = _tensor(tensors, "zeros", name, (torch.uint8,), (rows, groups))
+        if "int4_offsets" in tensors:
+            fields["offsets"] = _tensor(tensors, "offsets", name, (scales.dtype,), (rows, groups))
+        if "int4_perm" in tensors:
+            fields["perm"] = _tensor(tensors, "perm", name, (torch.int64,), (inputs,))
+        codebook = CODEBOOKS[book - 1] if book else None
+        return Int4Weight(codes, scales, group_size=size, bits=bits, codebook=codebook, **fields).validate(name)
+
+    def write(self, weight: Int4Weight, settings: Settings, *, name: str) -> dict[str, Tensor]:
+        """Every weight can be written."""
+        weight.validate(name)
+        codes = weight.codes
+        if weight.bits == 4:
+            padded = nn.functional.pad(codes, (0, codes.shape[1] % 2))
+            codes = padded[:, 0::2] | (padded[:, 1::2] << 4)
+        book = 0 if weight.codebook is None else 1 + CODEBOOKS.index(weight.codebook)
+        layout = (weight.bits, weight.group_size, book, weight.out_features, weight.in_features)
+        tensors = {"codes": codes, "scales": weight.scales, "layout": torch.tensor(layout)}
+        for field in _OPTIONAL:
+            if (value := getattr(weight, field)) is not None:
+                tensors[field] = value
+        return {_PREFIX + field: value.contiguous() for field, value in tensors.items()}
+
+    def describe(self, written: Mapping[str, Settings], skipped: Iterable[str]) -> dict[str, Any]:
+        """See `Format.describe`."""
+        return {"quant_method": "torch_int4", "format": "native", "version": VERSION, "ignore": sorted(skipped)}
+
+
+def _layout(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    layout = tuple(int(value) for value in _tensor(tensors, "layout", name, (torch.int64,), (5,)).tolist())
+    bits, size, book, rows, inputs = layout
+    if bits not in (4, 8) or not (size == -1 or 0 < size <= 1 << 20) or not 0 <= book <= len(CODEBOOKS):
+        raise Int4Error(f"{name}.int4_layout: {list(layout)} is no bits, group size and code book")
+    if rows < 1 or inputs < 1:
+        raise Int4Error(f"{name}.int4_layout: says {[rows, inputs]}, which is no shape of a weight")
+    return layout
+
+
+def _tensor(
+    tensors: Mapping[str, Tensor], field: str, name: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]
+) -> Tensor:
+    where = f"{name}.{_PREFIX}{field}"
+    tensor = tensors.get(_PREFIX + field)
+    if tensor is None:
+        raise Int4Error(f"{where}: is missing in the checkpoint")
+    if tensor.dtype not in dtypes:
+        raise Int4Error(f"{where}: must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+    if tuple(tensor.shape) != shape:
+        raise Int4Error(f"{where}: must have shape {list(shape)}, got {list(tensor.shape)}")
+    return tensor
+
+
+FORMAT = Native()

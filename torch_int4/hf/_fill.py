@@ -1,0 +1,210 @@
+"""The linears of a model that is being loaded: which become int4, and their weights, read one after the other."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import panels, recipes
+from ..config import Int4Config
+from ..errors import Int4Error
+from ..formats import Format, Settings
+from ..linear import Int4Linear
+from ..patches._loading import PendingLinear, all_linears, find_loadable, put_pending, replace
+from ..patches._report import PatchedLinear
+from ..weight import Int4Weight
+from ._keys import Names
+from ._source import Source
+
+
+@dataclass
+class Plan:
+    """What has to be read for the linears of a model.
+
+    Attributes:
+        source: the checkpoint's tensors.
+        pending: {module: its placeholder in the model}.
+        keys: {module: {suffix: name in the checkpoint}}; a float weight has the suffix "weight" alone.
+        weight: makes the canonical weight of one linear from its tensors.
+    """
+
+    source: Source
+    pending: dict[str, PendingLinear]
+    keys: dict[str, dict[str, str]]
+    weight: Callable[[PendingLinear, Mapping[str, Tensor]], Int4Weight]
+
+    def linear(self, name: str) -> Int4Linear:
+        """One linear, read and packed, without its bias.
+
+        Raises:
+            Int4Error: naming the tensors and their file.
+        """
+        pending, keys = self.pending[name], self.keys[name]
+        try:
+            tensors = {suffix: self.source.read(key) for suffix, key in keys.items()}
+            weight = self.weight(pending, tensors)
+            del tensors
+            return Int4Linear.from_weight(weight, dtype=pending.dtype)
+        except (Int4Error, RuntimeError) as error:
+            files = sorted({self.source.file(key) for key in keys.values()})
+            raise Int4Error(f"{error} (in {', '.join(files)})") from error
+
+
+def plan_quantization(model: nn.Module, config: Int4Config, source: Source, names: Names) -> Plan:
+    """A plan for a checkpoint of float weights; linears that it cannot read one by one are left alone.
+
+    Raises:
+        Int4Error: the recipe needs more than the weight itself.
+    """
+    recipe = recipes.parse(config.recipe)
+    if recipe.needs_calibration:
+        raise Int4Error(
+            f"Int4Config.recipe={config.recipe!r}: needs the model's own activations, so it cannot run while weights "
+            "are loaded; load the model in float, patch(model, config, calibration=...), then save_pretrained"
+        )
+    bits = find_loadable(model, config)
+    wanted = {f"{name}.weight": name for name in bits}
+    found: dict[str, str] = {}
+    for key in source:
+        target = names.target(key) if key.endswith("weight") else None
+        if target in wanted:
+            found[wanted[target]] = key
+    shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in found}  # type: ignore[arg-type]
+    biases = {names.target(key) for key in source if key.endswith("bias")}
+    for name, key in found.items():
+        module: Any = model.get_submodule(name)
+        if module.bias is not None and f"{name}.bias" not in biases:
+            raise Int4Error(f"{name}.bias: is missing in {', '.join(source.files)}, which has {key}")
+        if source.shape(key) != shapes[name]:
+            raise Int4Error(
+                f"{key} in {source.file(key)}: has shape {list(source.shape(key))}, but {name}.weight of the model is "
+                f"{list(shapes[name])}; config.json and the weights do not belong together"
+            )
+    pending = put_pending(model, {name: bits[name] for name in bits if name in found})
+
+    def weight(place: PendingLinear, tensors: Mapping[str, Tensor]) -> Int4Weight:
+        dense = tensors["weight"].to(place.dtype)
+        if place.transposed:
+            dense = dense.t()
+        stage = recipe.rounding if place.bits == 4 else recipes.get("rtn")
+        made: Int4Weight = stage.quantize(dense, recipe.configure(config), bits=place.bits, name=place.name)
+        return made
+
+    return Plan(source, pending, {name: {"weight": found[name]} for name in pending}, weight)
+
+
+def plan_reading(model: nn.Module, form: Format, settings: Settings, source: Source, names: Names) -> Plan:
+    """A plan for a checkpoint that is quantized already.
+
+    Raises:
+        Int4Error: naming a quantized tensor without a linear, or a linear without a weight.
+    """
+    keys: dict[str, dict[str, str]] = {}
+    known = set(all_linears(model))
+    where = ", ".join(source.files)
+    try:
+        quantized = form.linears(source, settings)
+    except Int4Error as error:
+        raise Int4Error(f"{error} (in {where})") from error
+    for module, found in quantized.items():
+        target = names.target(f"{module}.weight")
+        name = target.removesuffix(".weight") if target is not None else None
+        example = next(iter(found.values()))
+        if name is None or name not in known:
+            raise Int4Error(
+                f"{example} in {source.file(example)}: is quantized, but the model has no linear {name or module!r} of "
+                "its own to take it (a fused or an unknown layer)"
+            )
+        if name in keys:
+            raise Int4Error(f"{example} in {source.file(example)}: is a second quantized weight of {name}")
+        keys[name] = found
+    missing = names.missing(model, source, keys)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise Int4Error(f"{missing[0]}{more}: neither in float nor quantized in {where}; a shard may be missing")
+    pending = put_pending(model, dict.fromkeys(keys, settings.bits))
+
+    def weight(place: PendingLinear, tensors: Mapping[str, Tensor]) -> Int4Weight:
+        return form.read(tensors, settings, shape=place.shape, name=place.name)
+
+    return Plan(source, pending, keys, weight)
+
+
+def fill(model: nn.Module, plan: Plan, config: Int4Config, cached: str | None) -> list[PatchedLinear]:
+    """Put every linear of a plan into its place, one after the other.
+
+    Those that the model's device map gives to the disk are mapped from a file instead of held in memory. With a cache
+    of panels all of them are, and are neither read nor packed where the cache has them.
+
+    Args:
+        model: with its placeholders.
+        plan: of the linears.
+        config: of the model.
+        cached: the key of the model's panels, where a cache is wanted.
+    """
+    folder = panels.cache_folder() if cached is not None else None
+    if folder is not None:
+        with contextlib.suppress(Int4Error):
+            known = panels.map_file(folder / f"{cached}.safetensors")
+            if set(known) == set(plan.pending):
+                return [_settle(model, place, known[name], config) for name, place in plan.pending.items()]
+    to_disk = {name for name in plan.pending if folder is not None or _is_on_disk(model, name)}
+    if not to_disk:
+        return [_settle(model, place, plan.linear(name), config) for name, place in plan.pending.items()]
+    return _fill_through_file(
+        model,
+        plan,
+        config,
+        to_disk,
+        panels.PanelWriter(
+            folder or panels.default_folder(), None if folder is None else f"{cached}.safetensors", to_disk
+        ),
+    )
+
+
+def _fill_through_file(
+    model: nn.Module, plan: Plan, config: Int4Config, to_disk: set[str], writer: panels.PanelWriter
+) -> list[PatchedLinear]:
+    entries = {}
+    try:
+        for name, place in plan.pending.items():
+            made = plan.linear(name)
+            if name in to_disk:
+                writer.add(name, made)
+            else:
+                entries[name] = _settle(model, place, made, config)
+            del made
+        for name, mapped in writer.finish().items():
+            entries[name] = _settle(model, plan.pending[name], mapped, config)
+    except OSError as error:
+        raise panels.trouble(writer.folder, error) from error
+    finally:
+        writer.discard()
+    return [entries[name] for name in plan.pending]
+
+
+def _is_on_disk(model: nn.Module, name: str) -> bool:
+    devices: Mapping[str, Any] = getattr(model, "hf_device_map", None) or {}
+    holders = [key for key in devices if key == "" or name == key or name.startswith(key + ".")]
+    return bool(holders) and str(devices[max(holders, key=len)]) == "disk"
+
+
+def _settle(model: nn.Module, pending: PendingLinear, made: Int4Linear, config: Int4Config) -> PatchedLinear:
+    """Put a packed linear into the place that was kept for it, with the bias that was loaded there."""
+    bias = pending._parameters.get("bias")
+    hook: Any = getattr(pending, "_hf_hook", None)
+    if bias is not None and bias.is_meta and hook is not None:  # accelerate keeps it on the disk
+        values = getattr(hook, "weights_map", None)
+        bias = nn.Parameter(torch.as_tensor(values["bias"]).to(bias.dtype)) if values is not None else bias
+    if bias is not None and bias.is_meta:
+        raise Int4Error(f"{pending.name}.bias: was not loaded; the checkpoint lacks it")
+    made.register_parameter("bias", bias)
+    made.compute, made.compute_dtype = config.compute, pending.dtype
+    made.train(pending.training)
+    replace(model, pending.name, made)
+    return pending.entry(made)

@@ -1,0 +1,64 @@
+"""Names of tensors in a checkpoint and in a model: the renamings that transformers would make while loading."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+
+class Names:
+    """From the names of a checkpoint to those of a model on the meta device, before linears are taken out of it."""
+
+    def __init__(self, model: Any, conversions: Iterable[Any]) -> None:
+        conversions = list(conversions)
+        self._renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+        self._prefix = model.base_model_prefix
+        self._known = model.state_dict()
+        self._ignored = ""
+
+    def target(self, key: str) -> str | None:
+        """The model's name of a tensor; None where several tensors become one, or one becomes several."""
+        renamed, pattern = self._rename(key, self._renamings, self._converters)
+        if renamed not in self._known and key in self._known:
+            renamed, pattern = self._rename(key, [], [])
+        return renamed if pattern is None else None
+
+    def missing(self, model: Any, keys: Iterable[str], quantized: Iterable[str]) -> list[str]:
+        """Names of the model that a checkpoint lacks, given the linears that are quantized in it.
+
+        Where several tensors of a checkpoint become one, transformers reports what is missing, and nothing is here.
+        """
+        targets = [self.target(key) for key in keys]
+        if None in targets:
+            return []
+        found = {
+            *targets,
+            *(f"{name}.weight" for name in quantized),
+            *(getattr(model, "all_tied_weights_keys", None) or ()),
+        }
+        patterns = model._keys_to_ignore_on_load_missing or ()
+        return [name for name in self._known if name not in found and not any(re.search(one, name) for one in patterns)]
+
+    def _rename(self, key: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
+        renamed: tuple[str, str | None] = rename_source_key(
+            key, renamings, converters, base_model_prefix=self._prefix, meta_state_dict=self._known
+        )
+        return renamed
+
+    def ignore(self, model: Any, keys: Iterable[str]) -> None:
+        """Have transformers pass silently over tensors that are read here."""
+        names = {name for key in keys for name in (key, self._rename(key, self._renamings, self._converters)[0])}
+        if names:
+            self._ignored = "^(?:" + "|".join(re.escape(name) for name in sorted(names)) + ")$"
+            model._keys_to_ignore_on_load_unexpected = {*self._given(model), self._ignored}
+
+    def heed(self, model: Any) -> None:
+        """Undo `ignore`."""
+        model._keys_to_ignore_on_load_unexpected = self._given(model) - {self._ignored}
+
+    def _given(self, model: Any) -> set[str]:
+        return set(model._keys_to_ignore_on_load_unexpected or ())

@@ -1,0 +1,129 @@
+"""The plug-in by which transformers' `from_pretrained` and `save_pretrained` know int4."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from importlib import metadata
+from typing import Any
+
+import torch
+from transformers.quantizers.base import HfQuantizer
+
+from .. import panels
+from ..config import OF_RUNNING, Int4Config
+from ..errors import Int4Error
+from ..linear import Int4Linear
+from ..patches import PatchReport, patch
+from ..patches._loading import leave_floats, leave_hooked
+from ._fill import Plan, fill, plan_quantization, plan_reading
+from ._keys import Names
+from ._source import Source
+from ._stored import Stored
+
+
+class Int4Quantizer(HfQuantizer):
+    """Reads or quantizes linears itself, one after the other, while transformers loads the rest of a model.
+
+    Placeholders stand for the linears while transformers loads, places and ties everything else. After that each
+    weight is read from its file, quantized (or taken over from an int4 format), packed and put into its place; then
+    `patch` does what it does to any model: it merges linears, fuses attention, converts what was left.
+    """
+
+    requires_calibration = False
+    quantization_config: Int4Config
+
+    def __init__(self, quantization_config: Int4Config, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.stored: Stored | None = quantization_config.stored
+        if self.pre_quantized and self.stored is None:
+            raise Int4Error(
+                "quantization_config of config.json: is torch_int4's but does not say how weights are stored; the "
+                "checkpoint was not written by save_pretrained"
+            )
+        self._files: list[Any] | None = None
+        self._plan: Plan | None = None
+        self._names: Names | None = None
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuses devices that are no CPU."""
+        devices = device_map.values() if isinstance(device_map, dict) else []
+        for device in devices:
+            if str(device) not in ("cpu", "disk", "meta"):
+                raise Int4Error(f"device_map: {device!r} cannot hold int4 weights, which need a CPU; use 'cpu', 'disk'")
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Keeps "auto" off accelerators."""
+        if isinstance(device_map, (int, torch.device)) and str(torch.device(device_map).type) != "cpu":
+            raise Int4Error(f"device_map: {device_map!r} cannot hold int4 weights; kernels run on CPUs")
+        return device_map
+
+    def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
+        """Only the CPU and the disk can hold int4 weights."""
+        return {device: size for device, size in max_memory.items() if device in ("cpu", "disk")}
+
+    def preprocess_model(self, model: Any, dtype: Any = None, **kwargs: Any) -> None:
+        """Remembers the files; weights are planned when the names of their tensors are known."""
+        self._files = kwargs.get("checkpoint_files")
+        super().preprocess_model(model, dtype=dtype, **kwargs)
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        """Takes the linears that are read here out of transformers' hands, before it looks for their weights."""
+        files, self._files = self._files, None
+        if files is not None and Source.serves(files):
+            self._names = Names(model, weight_conversions)
+            source = Source(files)
+            if self.stored is not None:
+                self._plan = plan_reading(model, self.stored.form, self.stored.settings, source, self._names)
+            else:
+                self._plan = plan_quantization(model, self.quantization_config, source, self._names)
+            self._names.ignore(model, (key for found in self._plan.keys.values() for key in found.values()))
+        elif self.stored is not None:
+            raise Int4Error("a quantized checkpoint must be safetensors files; pickled ones are not read")
+        return super().update_weight_conversions(weight_conversions, model)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        plan, self._plan = self._plan, None
+        config = self.quantization_config
+        report = PatchReport(config)
+        if plan is not None and self._names is not None:
+            report.linears = fill(model, plan, config, self._key(plan))
+            plan.source.close()
+            self._names.heed(model)
+        if self.stored is not None and self.stored.foreign:
+            config = leave_floats(model, config)
+        config = leave_hooked(model, config)
+        report.config = config
+        model.torch_int4_report = report
+        patch(model, config, progress=False)
+        model.config.quantization_config = config
+        return model
+
+    def _key(self, plan: Plan) -> str | None:
+        """The key of this model's panels; None where none are kept."""
+        folder = panels.cache_folder()
+        if folder is None:
+            return None
+        made = {name: [*place.shape, place.bits, str(place.dtype)] for name, place in plan.pending.items()}
+        how = self.quantization_config.to_dict() if self.stored is None else asdict(self.stored.settings)
+        kept = {key: value for key, value in how.items() if key not in OF_RUNNING}
+        return panels.key_of(plan.source.files, [metadata.version("torch-int4"), kept, made, plan.keys], folder)
+
+    def is_serializable(self) -> bool:
+        """Yes: models that were loaded save themselves as patched ones do."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters train on top."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """The operators have fake kernels."""
+        return True
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, Int4Linear):
+                raise Int4Error(f"{name}: cannot become float again in place; load the float checkpoint instead")
+        return model
