@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .. import recipes
+from .. import arena, recipes
 from ..calibrated import CalibratedPass
 from ..calibration import Calibration
 from ..config import Int4Config
@@ -20,7 +20,7 @@ from ..errors import Int4Error
 from ..linear import Int4Linear
 from ..merge import merge_inputs
 from ..weight import Int4Weight
-from . import _attention, _foreign, _scan, _ties, families
+from . import _attention, _block, _foreign, _scan, _ties, families
 from ._embedding import Bf16Embedding
 from ._report import PatchedLinear, PatchReport
 from ._scan import Target
@@ -96,7 +96,7 @@ def patch(
     if targets or foreign or embeddings or not report.complete:
         report.complete = False
         model.torch_int4_report = report  # type: ignore[assignment]
-        ties = _ties.record(model)
+        ties, before = _ties.record(model), set(map(id, _int4(model)))  # the latter may be mapped from a file
         try:
             _convert_foreign(foreign, config, report, progress)
             _convert_all(targets, config, report, progress, calibrated)
@@ -106,17 +106,23 @@ def patch(
             _ties.forget(model, ties, replaced)
         while embeddings:
             _store_bf16(*embeddings.pop(), report)
+        arena.gather(linear for linear in _int4(model) if id(linear) not in before)
         if foreign:
             _foreign.forget_backend(model)
         report.merged += _merge(model, by_module)
         fused, interfaces = _attention.fuse(model, by_module, config)
         report.fused += fused
         report.interfaces += interfaces
+        report.blocks += _block.fuse(model, by_module)
         report.skipped = skipped + kept
         report.complete = True
         _make_saveable(model, config)
         _return_memory()
     return model
+
+
+def _int4(model: nn.Module) -> list[Int4Linear]:
+    return [module for module in model.modules() if isinstance(module, Int4Linear)]
 
 
 def _previous_report(model: nn.Module, config: Int4Config) -> PatchReport | None:
