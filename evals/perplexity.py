@@ -7,7 +7,7 @@ the same tokens has a far smaller one, because most of the noise is the text's: 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,6 +96,7 @@ def perplexity(
     stride: int | None = None,
     max_tokens: int | None = None,
     reference: Any | None = None,
+    cache: Callable[[], Any] | None = None,
 ) -> Perplexity:
     """Perplexity of `model` on a text, cut into windows that the model sees one at a time.
 
@@ -104,13 +105,15 @@ def perplexity(
     the first token of each is context only. A shorter last window counts too.
 
     Args:
-        model: a causal language model; it is called as ``model(input_ids, use_cache=False).logits``.
+        model: a causal language model; it is called as ``model(input_ids, use_cache=False).logits``, unless there
+            is a `cache`.
         tokenizer_or_tokens: a tokenizer for `text`, or the token ids themselves, int64 [T], without `text`.
         window: tokens per window, at least 2.
         stride: 1 to `window`; None for `window`.
         max_tokens: use only the first so many tokens.
         reference: a second model (float) run on the same windows: adds `kl`, `agreement` and `reference`. Its
             log-probabilities are held for 128 positions at a time only.
+        cache: makes an empty KV cache, for each window another: `model` then attends to what that stores.
 
     Raises:
         Int4Error: for an unusable window or stride, or fewer than two tokens.
@@ -124,7 +127,7 @@ def perplexity(
     ours, theirs, kl_sum = _Sums(), _Sums(), 0.0
     for ids, first in _windows(tokens, window, stride):
         targets = ids[first:]
-        logits = _logits(model, ids)[first - 1 : -1]
+        logits = _logits(model, ids, cache and cache())[first - 1 : -1]
         if reference is None:
             ours.add(*_score(logits, targets))
             continue
@@ -184,12 +187,12 @@ def _windows(tokens: torch.Tensor, window: int, stride: int) -> Iterator[tuple[t
             return
 
 
-def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+def _logits(model: Any, ids: torch.Tensor, cache: Any = None) -> torch.Tensor:
     """Logits [T, V] in eval mode, whatever mode the caller left the model in."""
     was_training = model.training
     model.eval()
     try:
-        return model(ids[None], use_cache=False).logits[0]
+        return model(ids[None], past_key_values=cache, use_cache=cache is not None).logits[0]
     finally:
         model.train(was_training)
 

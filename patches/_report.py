@@ -38,6 +38,7 @@ class PatchReport:
         interfaces: decoders that call our attention by transformers' attention interface.
         skipped: (name, reason) of every linear and embedding left in float.
         embeddings: (name, bytes before, bytes after) of embeddings stored in fewer bytes.
+        notices: what the recipe could not do.
         complete: False while patching, and when it failed half way.
     """
 
@@ -48,6 +49,7 @@ class PatchReport:
     interfaces: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
     embeddings: list[tuple[str, int, int]] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
     complete: bool = False
 
     def _chosen(self, bits: int | None) -> list[PatchedLinear]:
@@ -92,6 +94,7 @@ class PatchReport:
                 lines.append(f"{entry.name}: its float weight stays in memory, because another module uses it")
         for name, before, after in self.embeddings:
             lines.append(f"{name}: embedding in bf16, {before / MB:.1f} MB -> {after / MB:.1f} MB")
+        lines += self.notices
         lines += [f"left in float: {name}: {reason}" for name, reason in self.skipped]
         if not self.complete:
             lines.append("INCOMPLETE: patching failed half way; load the model again")

@@ -68,14 +68,16 @@ def find_targets(
     Raises:
         Int4Error: naming a linear that should be replaced and cannot be.
     """
-    for pattern in config.skip:
-        if not any(fnmatchcase(name, pattern) for name, _ in model.named_modules()):
-            warnings.warn(f"Int4Config.skip: {pattern!r} matches no module of {type(model).__name__}", stacklevel=3)
+    for field in ("skip", "int8"):
+        for pattern in getattr(config, field):
+            if not any(fnmatchcase(name, pattern) for name, _ in model.named_modules()):
+                kind = type(model).__name__
+                warnings.warn(f"Int4Config.{field}: {pattern!r} matches no module of {kind}", stacklevel=3)
     names, places = _linears(model)
     targets, skipped = [], []
     for module in names:
         name = names[module][0]
-        bits = 4 if module is not head or config.head == "int4" else 8
+        bits = bits_of(names[module], config, module is head)
         reason = _reason_to_skip(module, names[module], places[module], config, module is head)
         if reason is not None:
             skipped.append((name, reason))
@@ -84,6 +86,13 @@ def find_targets(
         targets.append(Target(names[module], places[module], module, bits))
     _mark_shared(model, targets)
     return targets, skipped
+
+
+def bits_of(names: list[str], config: Int4Config, is_head: bool) -> int:
+    """Bits that a linear of these names gets."""
+    if match(config.int8, names) is not None:
+        return 8
+    return 8 if is_head and config.head == "int8" else 4
 
 
 def _mark_shared(model: nn.Module, targets: list[Target]) -> None:
@@ -156,10 +165,15 @@ def _reason_to_skip(
 
 def skip_pattern(config: Int4Config, names: list[str]) -> str | None:
     """The first pattern of `config.skip` that matches one of a module's names, or a module that holds it."""
+    return match(config.skip, names)
+
+
+def match(patterns: tuple[str, ...], names: list[str]) -> str | None:
+    """The first pattern that matches one of a module's names, or a module that holds it."""
     for name in names:
         parts = name.split(".")
         for end in range(len(parts)):
-            for pattern in config.skip:
+            for pattern in patterns:
                 if fnmatchcase(".".join(parts[: end + 1]), pattern):
                     return pattern
     return None

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..attention_layout import AttentionLayout
 from ..errors import Int4Error
+from ..folding import ScaleFold
 
 _NOT_FAMILIES = ("families", "patcher")  # and files whose name starts with an underscore
 
@@ -26,12 +27,14 @@ class Family:
             call. The names are relative to a module that holds them; a module without them is passed over.
         not_shared_beside: names of modules that, beside such linears, give them different inputs.
         attention: where attention modules keep what fused attention needs; None leaves them alone.
+        folds: scales that recipes may move between modules; they are checked on data before they are used.
         head: path of the projection onto the vocabulary in a model that has no `get_output_embeddings()`.
     """
 
     shared_inputs: tuple[tuple[str, ...], ...] = ()
     not_shared_beside: tuple[str, ...] = ()
     attention: AttentionLayout | None = None
+    folds: tuple[ScaleFold, ...] = ()
     head: str = "lm_head"
 
 

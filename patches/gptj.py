@@ -1,6 +1,7 @@
 """GPT-J: attention and MLP of a block get the same input; the rotation interleaves pairs of the first features."""
 
 from ..attention_layout import AttentionLayout
+from ..folding import ScaleFold
 from .families import Family
 
 FAMILY = Family(
@@ -12,5 +13,9 @@ FAMILY = Family(
         positions="embed_positions",
         implementation="eager",  # the only one that it has on CPUs
         interleaved=True,
+    ),
+    folds=(
+        ScaleFold("ln_1", ("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.fc_in")),
+        ScaleFold("attn.v_proj", ("attn.out_proj",)),
     ),
 )

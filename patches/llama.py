@@ -1,9 +1,19 @@
 """Llama, Llama-2, Llama-3, and models that say they are of type "llama", such as SmolLM2."""
 
 from ..attention_layout import AttentionLayout
+from ..folding import ScaleFold
 from .families import Family
+
+FOLDS = (
+    ScaleFold("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    ScaleFold("pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj")),  # where the next one comes after o_proj
+    ScaleFold("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    ScaleFold("self_attn.v_proj", ("self_attn.o_proj",), head_dim="self_attn.head_dim"),
+    ScaleFold("mlp.up_proj", ("mlp.down_proj",)),
+)
 
 FAMILY = Family(
     shared_inputs=(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
     attention=AttentionLayout(),
+    folds=FOLDS,
 )

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import recipes
+from ..calibrated import CalibratedPass
+from ..calibration import Calibration
 from ..config import Int4Config
 from ..errors import Int4Error
 from ..linear import Int4Linear
 from ..merge import merge_inputs
+from ..weight import Int4Weight
 from . import _attention, _foreign, _scan, _ties, families
 from ._embedding import Bf16Embedding
 from ._report import PatchedLinear, PatchReport
@@ -42,6 +45,8 @@ def patch(
     model: ModelT,
     config: Int4Config | None = None,
     *,
+    calibration: Any = None,
+    tokenizer: Any = None,
     family: families.Family | str | None = None,
     progress: bool | None = None,
     **overrides: Any,
@@ -59,6 +64,10 @@ def patch(
     Args:
         model: any module on the CPU, with weights loaded.
         config: how to quantize; `Int4Config()` by default.
+        calibration: what recipes that need data look at: texts, a `Dataset`, token ids, a DataLoader, or a
+            `Calibration` that also says how much of it; a built-in text, with a warning, where nothing is given.
+            Recipes that need no data use it for the clip search.
+        tokenizer: for calibration with texts.
         family: facts about the model's modules, a `Family` or the name of one; by default found by
             `model.config.model_type`, and generic where that is unknown.
         progress: show a progress bar; by default where the standard error output is a terminal.
@@ -83,13 +92,14 @@ def patch(
     if not targets and not foreign and not any(isinstance(m, Int4Linear) for m in model.modules()):
         raise Int4Error(_nothing_to_do(model, skipped))
 
+    calibrated = _calibrated(model, targets, config, by_module, (calibration, tokenizer), progress)
     if targets or foreign or embeddings or not report.complete:
         report.complete = False
         model.torch_int4_report = report  # type: ignore[assignment]
         ties = _ties.record(model)
         try:
             _convert_foreign(foreign, config, report, progress)
-            _convert_all(targets, config, report, progress)
+            _convert_all(targets, config, report, progress, calibrated)
         finally:  # also after a failure the rest has to stay consistent
             replaced = {name for target in targets if target.module is None for name in target.names}
             _ties.forget(model, ties, replaced)
@@ -132,15 +142,22 @@ def _nothing_to_do(model: nn.Module, skipped: list[tuple[str, str]]) -> str:
     return f"{kind}: none of its {len(skipped)} linears can be patched ({reasons})"
 
 
-def _convert_all(targets: list[Target], config: Int4Config, report: PatchReport, progress: bool | None) -> None:
-    for done, target in enumerate(_with_progress(targets, progress)):
-        try:
-            report.linears.append(_convert(target, config))
-        except Exception as error:
-            raise Int4Error(
-                f"{target.name}: conversion failed after {done} of {len(targets)} linears, so the model is "
-                f"half int4 and must be loaded again: {error}"
-            ) from error
+def _calibrated(
+    model: nn.Module,
+    targets: list[Target],
+    config: Int4Config,
+    by_module: dict[int, families.Family],
+    data: tuple[Any, Any],
+    progress: bool | None,
+) -> CalibratedPass | None:
+    """The pass over calibration data, if the recipe needs one or the user gave data that it can use."""
+    recipe = recipes.parse(config.recipe)
+    four_bits = [target for target in targets if target.bits == 4]
+    if not four_bits or not (recipe.needs_calibration or (data[0] is not None and recipe.configure(config).clip)):
+        return None
+    chosen = {target.name: (target.module, target.bits) for target in targets if target.module is not None}
+    facts = {key: family.folds for key, family in by_module.items() if family.folds}
+    return CalibratedPass(model, chosen, facts, config, Calibration.of(*data), progress)
 
 
 def _convert_foreign(
@@ -154,18 +171,53 @@ def _convert_foreign(
             raise Int4Error(f"{target.name}: taking it over from its backend failed {state}: {error}") from error
 
 
-def _convert(target: Target, config: Int4Config) -> PatchedLinear:
-    """Quantize one linear, put the new module into every place, and let go of the old one."""
+def _convert_all(
+    targets: list[Target],
+    config: Int4Config,
+    report: PatchReport,
+    progress: bool | None,
+    calibrated: CalibratedPass | None,
+) -> None:
+    done = 0
+    try:
+        for target, weight in _weights(targets, config, progress, calibrated):
+            report.linears.append(_replace(target, weight, config))
+            done += 1
+    except Exception as error:
+        raise Int4Error(
+            f"{targets[done].name}: conversion failed after {done} of {len(targets)} linears, so the model is "
+            f"half int4 and must be loaded again: {error}"
+        ) from error
+    if calibrated is not None:
+        report.notices += calibrated.notices
+
+
+def _weights(
+    targets: list[Target], config: Int4Config, progress: bool | None, calibrated: CalibratedPass | None
+) -> Iterator[tuple[Target, Int4Weight]]:
+    """Every target with its quantized weight: those in blocks from the pass over data, then all others."""
+    by_name = {target.name: target for target in targets}
+    if calibrated is not None:
+        for name, weight in calibrated.weights():
+            yield by_name.pop(name), weight
+    rounding = recipes.parse(config.recipe).rounding if calibrated is None else recipes.get("rtn")
+    for target in _with_progress(list(by_name.values()), progress and calibrated is None):
+        old = target.module
+        assert old is not None
+        assert isinstance(old.weight, Tensor)
+        dense = old.weight.detach().t() if _scan.is_conv1d(old) else old.weight.detach()
+        recipe = rounding if target.bits == 4 else recipes.get("rtn")
+        yield target, recipe.quantize(dense, config, bits=target.bits, name=target.name)
+
+
+def _replace(target: Target, quantized: Int4Weight, config: Int4Config) -> PatchedLinear:
+    """Put the new module into every place of a linear, and let go of the old one."""
     old = target.module
     assert old is not None
     assert isinstance(old.weight, Tensor)
     weight = old.weight.detach()
     before = weight.numel() * weight.element_size()
-    if _scan.is_conv1d(old):
-        weight = weight.t()
-    recipe = recipes.get(config.recipe if target.bits == 4 else "rtn")
-    quantized = recipe.quantize(weight, config, bits=target.bits, name=target.name)
-    rows, inputs = weight.shape
+    rows, inputs = quantized.codes.shape
     bias = old.bias if isinstance(old.bias, Tensor) else None
     new = Int4Linear.from_weight(quantized, bias, compute=config.compute, dtype=weight.dtype)
     for name in HOOKS:

@@ -6,26 +6,10 @@ import pickle
 import pytest
 import torch
 from decoders import ALL, FUSED, GENERIC, MAIN, Calls, assert_near, decoder, pair, prompt
+from generating import CLOSE, steps
 from transformers import DynamicCache, StaticCache
 
 from torch_int4 import Int4Cache, patch
-
-CLOSE = 2e-3  # norm of the difference to the norm; both compute in fp32
-
-
-@torch.no_grad()
-def steps(model, ids, first, cache=None, mask=None, **options):
-    """Logits of a prompt of `first` tokens and of each token after it, one at a time, and the cache."""
-    logits, start = [], 0
-    for end in range(first, ids.shape[1] + 1):
-        inputs = {"input_ids": ids[:, start:end], "past_key_values": cache, "use_cache": True, **options}
-        if mask is not None:
-            inputs["attention_mask"] = mask[:, :end]
-            inputs["position_ids"] = (mask[:, :end].cumsum(1) - 1).clamp(min=0)[:, start:end]
-        out = model(**inputs)
-        cache, start = out.past_key_values, end
-        logits.append(out.logits)
-    return torch.cat(logits, dim=1), cache
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -181,78 +165,6 @@ def test_models_in_16_bits(name, dtype):
     assert_near(got.float(), want, 6e-2 if dtype == torch.bfloat16 else 8e-3)
 
 
-# What the operators do not serve
-
-
-def without_operators(action):
-    with Calls() as calls:
-        result = action()
-    assert calls.counts["attention"] == 0
-    return result
-
-
-@pytest.mark.parametrize("name", [*MAIN, "gemma2", *GENERIC])
-def test_gradients_are_those_of_stock_attention(name):
-    patched, _ = pair(name)
-    stock, _ = pair(name, attention="stock")
-    ids = prompt()
-    gradients = []
-    for model in (patched, stock):
-        without_operators(lambda model=model: model(ids, labels=ids).loss.backward())
-        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys()
-    assert gradients[0]
-    for key, got in gradients[0].items():
-        torch.testing.assert_close(got, gradients[1][key], rtol=1e-3, atol=1e-5, msg=key)
-
-
-@pytest.mark.parametrize("name", MAIN)
-def test_training_and_checkpointing_are_left_to_the_stock_module(name):
-    patched, _ = pair(name)
-    stock, _ = pair(name, attention="stock")
-    ids = prompt()
-    for model in (patched, stock):
-        model.train()
-        model.gradient_checkpointing_enable()
-    losses = [without_operators(lambda m=model: m(ids, labels=ids).loss) for model in (patched, stock)]
-    torch.testing.assert_close(*losses)
-    for model, loss in zip((patched, stock), losses, strict=True):
-        loss.backward()
-        model.eval()
-    with torch.no_grad(), Calls() as calls:
-        patched(ids)
-    assert calls.counts["attention"] == 2
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "falcon", "gptj"])
-def test_attention_weights_can_be_recorded(name):
-    patched, reference = pair(name)
-    ids = prompt()
-    if name not in ("falcon", "gptj"):
-        for model in (patched, reference):
-            model.set_attn_implementation("eager")
-    with torch.no_grad():
-        got = without_operators(lambda: patched(ids, output_attentions=True).attentions)
-        want = reference(ids, output_attentions=True).attentions
-    assert len(got) == 2
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", [*MAIN, "mistral", *GENERIC])
-@pytest.mark.parametrize("kind", ["ours", "dynamic"])
-def test_both_paths_take_turns_on_one_cache(name, kind):
-    patched, reference = pair(name)
-    ids = prompt(tokens=20)
-    cache = DynamicCache(config=patched.config) if kind == "dynamic" else Int4Cache(patched.config, dtype="fp32")
-    pieces = []
-    for start, end, fused in ((0, 6, True), (6, 11, False), (11, 12, False), (12, 17, True), (17, 20, False)):
-        with torch.set_grad_enabled(not fused):
-            pieces.append(patched(ids[:, start:end], past_key_values=cache).logits.detach())
-    with torch.no_grad():
-        assert_near(torch.cat(pieces, dim=1), reference(ids).logits, CLOSE)
-
-
 # The module that it still is
 
 
@@ -291,14 +203,6 @@ def test_copies_and_pickles_work(name, tmp_path):
         with Calls() as calls:
             assert torch.equal(other.generate(ids, max_new_tokens=6, do_sample=False), want)
         assert calls.counts["attention"] > 0
-
-
-def test_attention_is_left_alone_when_asked():
-    patched, reference = pair("llama", attention="stock")
-    assert type(patched.model.layers[0].self_attn) is type(reference.model.layers[0].self_attn)
-    _, cache = without_operators(lambda: steps(patched, prompt(), 6))
-    assert type(cache) is DynamicCache
-    assert "attention:" not in str(patched.torch_int4_report)
 
 
 def test_the_cache_of_a_generate_call_stores_what_the_config_says():

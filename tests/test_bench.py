@@ -30,7 +30,7 @@ def some_roofline() -> roofline.Roofline:
 def row(name: str, min_s: float, *, rows: int = 1, compute: str = "int8", kernels: str = "avx2") -> run.Row:
     point = points.Point(points.WeightPoint(1000, 1000, 32, "symmetric"), rows, compute)
     is_ours = name == "ours"
-    return run.Row(point, name, is_ours, kernels, 1_000_000, 2, 3, min_s, 2 * min_s, 0.0)
+    return run.Row(point, name, is_ours, kernels, 1_000_000, 2, 3, min_s, 2 * min_s, 0.0, 4e9)
 
 
 @pytest.fixture
@@ -187,6 +187,7 @@ def test_roofs(rows: int, compute: str, kernels: str, roof: str | None, share: f
     (found,) = run.compare([row("ours", 1e-3, rows=rows, compute=compute, kernels=kernels)], some_roofline())
     assert found.roof == roof
     assert found.of_roof == pytest.approx(share)
+    assert found.of_read == (pytest.approx(0.25) if rows <= 4 else None)  # 1 MB in 1 ms, where the loop read 4 GB/s
 
 
 def test_reports_hold_every_row(measured: run.Result) -> None:
@@ -231,6 +232,7 @@ def test_probes_measure_something() -> None:
         limits.refresh(isa)
         integer = limits.peak(isa, "int8")
         assert (integer is None) == (isa not in roofline.ISA_PROBES)
+    assert 0 < limits.read_now() <= limits.bandwidth().per_second or limits.read["2 MiB"] < limits.read["4 KiB"]
     assert limits.bandwidth().per_second == max(speed for speed, *_ in limits.read.values())
 
 

@@ -7,7 +7,8 @@ from transformers import DynamicCache, LlamaConfig
 
 import torch_int4
 from torch_int4 import Int4Cache, Int4Error
-from torch_int4.cache import BLOCK, Int4CacheLayer
+from torch_int4.cache import Int4CacheLayer
+from torch_int4.kv_storage import BLOCK
 
 EXACT = {"dtype": "fp32"}
 

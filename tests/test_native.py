@@ -13,9 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-maybe-uninitialized"]
-
-
 PROGRAMS = ("kernels_main", "attention_main")
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
 def build(folder: Path, *flags: str) -> list[Path]:
@@ -41,18 +40,27 @@ def build(folder: Path, *flags: str) -> list[Path]:
     return [folder / name for name in PROGRAMS]
 
 
-@pytest.mark.parametrize(
-    "flags", [("-O1",), ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")], ids=["guard", "asan"]
-)
-def test_guard_pages_and_reference(tmp_path: Path, flags: tuple[str, ...]) -> None:
-    small = ["--small"] if len(flags) > 1 else []
-    for program in build(tmp_path, *flags):
-        result = subprocess.run([str(program), *small], capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout + result.stderr
-        assert " 0 failed" in result.stdout
+@pytest.fixture(scope="module")
+def optimised(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The programs as processors run them; static where an emulator is to run them, too."""
+    static = ["-static"] if os.environ.get("TORCH_INT4_EMULATOR") else []
+    return build(tmp_path_factory.mktemp("native"), "-O2", *static)
 
 
-SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+def passes(program: Path, *arguments: str) -> None:
+    result = subprocess.run([str(program), *arguments], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " 0 failed" in result.stdout
+
+
+def test_guard_pages_and_reference(optimised: list[Path]) -> None:
+    for program in optimised:
+        passes(program)
+
+
+def test_sanitizers_and_reference(tmp_path: Path) -> None:
+    for program in build(tmp_path, "-O0", *SANITIZE):
+        passes(program, "--small")
 
 
 def emulation() -> list[str]:
@@ -110,7 +118,7 @@ EMULATED = {
 }
 
 
-def test_dispatch_and_kernels_of_processors_this_machine_is_not(tmp_path: Path) -> None:
+def test_dispatch_and_kernels_of_processors_this_machine_is_not(optimised: list[Path]) -> None:
     """The real machine code on emulated processors: dispatch on each, all kernel sets on the one that has them all.
 
     TORCH_INT4_EMULATOR is a program `EMULATOR MODEL PROGRAM ARGUMENTS...` that runs a static program on that processor.
@@ -118,7 +126,7 @@ def test_dispatch_and_kernels_of_processors_this_machine_is_not(tmp_path: Path) 
     emulator = os.environ.get("TORCH_INT4_EMULATOR")
     if not emulator:
         pytest.skip("TORCH_INT4_EMULATOR names no processor emulator")
-    program, _ = build(tmp_path, "-O2", "-static")
+    program, _ = optimised
     for model, expected in EMULATED.items():
         extent = "--tiny" if model == "sapphire_rapids" else "--dispatch"
         command = [emulator, model, str(program), extent, "--expect", expected]

@@ -4,6 +4,8 @@ from importlib import metadata as _metadata
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
+from torch_int4.autotune import autotune
+from torch_int4.calibration import Calibration
 from torch_int4.config import Int4Config
 from torch_int4.errors import Int4Error
 from torch_int4.hf import from_pretrained
@@ -17,12 +19,14 @@ if _TYPE_CHECKING:
 
 __version__ = _metadata.version("torch-int4")
 __all__ = [
+    "Calibration",
     "Int4Cache",
     "Int4Config",
     "Int4Error",
     "Int4Linear",
     "Int4Weight",
     "__version__",
+    "autotune",
     "from_pretrained",
     "info",
     "patch",

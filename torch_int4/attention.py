@@ -36,7 +36,18 @@ HARMLESS = frozenset(
 )
 
 
-class FusedAttention(Mixin):
+class StockAttention(Mixin):
+    """The stock module, which adds its mask where it records weights: a bool one would hide nothing then."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the stock module gives, with a mask that can be added."""
+        mask = kwargs.get("attention_mask")
+        if kwargs.get("output_attentions") and isinstance(mask, Tensor):
+            kwargs["attention_mask"] = additive(mask, hidden_states.dtype)
+        return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+
+
+class FusedAttention(StockAttention):
     """Mixed into the attention modules of families that have an `AttentionLayout`."""
 
     torch_int4_data: AttentionLayout
@@ -46,7 +57,7 @@ class FusedAttention(Mixin):
         layout = self.torch_int4_data
         cache, mask = kwargs.get(layout.cache), kwargs.get("attention_mask")
         if args or not _is_served(self, layout, hidden_states, mask, cache, kwargs):
-            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+            return super().forward(hidden_states, *args, **kwargs)
         query, key, value = _project(self, layout, hidden_states)
         cos, sin = _rotation(self, layout, kwargs)
         rotary: dict[str, Any] = {
@@ -101,6 +112,13 @@ def is_mask(mask: Any) -> bool:
     if mask is None:
         return True
     return isinstance(mask, Tensor) and mask.dim() == 4 and (mask.dtype == torch.bool or mask.dtype in FLOATS)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask (True attends) as one that is added to scores of that dtype; others as they are."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _is_served(module: Any, layout: AttentionLayout, x: Tensor, mask: Any, cache: Any, kwargs: dict[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from torch_int4.attention import FLOATS, HARMLESS, attend, is_mask
+from torch_int4.attention import FLOATS, HARMLESS, additive, attend, is_mask
 
 NAME = "torch_int4"  # transformers looks for "sdpa", "flash", "flex" and "eager" inside of names
 
@@ -76,9 +76,8 @@ def _stock(
     tokens, keys = query.shape[2], key.shape[2]
     if mask is None and causal and tokens > 1:
         mask = torch.ones(tokens, keys, dtype=torch.bool, device=query.device).tril()[None, None]
-    if mask is not None and mask.dtype == torch.bool:
-        lowest = torch.finfo(query.dtype).min
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, lowest)
+    if mask is not None:
+        mask = additive(mask, query.dtype)
     return plain(module, query, key, value, mask, dropout=dropout, scaling=scaling, softcap=softcap, **kwargs)
 
 

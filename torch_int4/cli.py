@@ -32,6 +32,8 @@ def _build() -> typer.Typer:
         """INT4 inference of Hugging Face models on CPUs. Start with: torch-int4 demo"""
 
     for found in pkgutil.iter_modules(commands.__path__):
+        if found.name.startswith("_"):  # what commands share
+            continue
         module = importlib.import_module(f"{commands.__name__}.{found.name}")
         name = found.name.replace("_", "-")
         if hasattr(module, "app"):  # a command with commands of its own

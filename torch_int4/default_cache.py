@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from torch_int4.cache import Int4Cache
+from torch_int4.continuous import ContinuousBatching
 from torch_int4.subclass import Mixin
 
 SETTING = "torch_int4_kv_cache"  # attribute of a model: what its caches store
@@ -25,8 +26,11 @@ def is_replaceable(cache: Any) -> bool:
     )
 
 
-class ManagedGeneration(Mixin):
-    """Mixed into models that generate: the cache that `generate` makes by default is ours."""
+class ManagedGeneration(ContinuousBatching, Mixin):
+    """Mixed into models that generate: the cache that `generate` makes by default is ours.
+
+    Continuous batching keeps transformers' paged cache, or is refused where that would give wrong tokens.
+    """
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -163,10 +163,45 @@ class Int4Linear(nn.Linear):
         )
 
     @property
+    def qweight(self) -> Tensor:
+        """The packed codes, under the names by which PEFT finds the device of a linear whose `weight` is None."""
+        return self.packed
+
+    W_q = qweight  # and by which it asks for `dequantize()`
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the packed weight, without the bias."""
         tensors = (self.packed, self.packed_scales, self.packed_offsets, self.perm)
         return sum(t.nbytes for t in tensors if t is not None)
+
+    def set_weight(self, weight: Int4Weight) -> None:
+        """Packs another canonical weight in place of this one.
+
+        Raises:
+            Int4Error: its shape, group size, type or permutation is another one, which linears that share an input
+                rely on.
+        """
+        kind = weight.codebook or f"int{weight.bits}"
+        own = (self.out_features, self.in_features, self.group_size, self.weight_type)
+        same_perm = weight.perm is self.perm or (
+            weight.perm is not None and self.perm is not None and torch.equal(weight.perm, self.perm)
+        )
+        if (*weight.codes.shape, weight.group_size, kind) != own or not same_perm:
+            raise Int4Error(
+                f"{kind} weight {list(weight.codes.shape)} with groups of {weight.group_size} cannot replace "
+                f"Int4Linear({self.extra_repr()}); make a new one with Int4Linear.from_weight"
+            )
+        self._pack(weight.validate())
+
+    def packed_state(self) -> dict[str, Tensor | None]:
+        """The packed tensors themselves, which `set_weight` replaces and never writes."""
+        return {name: self._buffers[name] for name in _PACKED}
+
+    def set_packed_state(self, state: dict[str, Tensor | None]) -> None:
+        """Puts back what `packed_state` of this module was."""
+        for name in _PACKED:
+            self._buffers[name] = state[name]
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of this layer."""

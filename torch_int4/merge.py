@@ -25,7 +25,7 @@ class SharedInput:
 
     def forward(self, member: Int4Linear, x: Tensor) -> Tensor:
         """The output of one member; the same bits as `member.forward_alone(x)`."""
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and self._wants_gradient(x)):
             return member.forward_alone(x)
         pending = self._pending
         if pending is not None and pending[0] is x and pending[1] == _version(x):
@@ -40,6 +40,9 @@ class SharedInput:
         y = outputs.pop(id(member))
         self._pending = (x, _version(x), outputs)
         return y
+
+    def _wants_gradient(self, x: Tensor) -> bool:
+        return x.requires_grad or any(m.bias is not None and m.bias.requires_grad for m in self.members)
 
     def _run(self, x: Tensor) -> list[Tensor]:
         first = self.members[0]

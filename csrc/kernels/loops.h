@@ -97,7 +97,6 @@ struct Int8Loops {
   // Panels are read in pieces of 1 KiB and less, too short for the processor to look ahead by itself.
   static TI4_INLINE void prefetch_slab(const uint8_t* codes) {
     constexpr int kAhead = 1024;
-#pragma GCC unroll 8
     for (int i = 0; i < slab_bytes(T); i += kLineBytes) __builtin_prefetch(codes + kAhead + i);
   }
 

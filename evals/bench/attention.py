@@ -1,7 +1,7 @@
 """Attention and the cache: time of a step or a prompt, next to torch's own attention on the same numbers.
 
-A decode step reads the whole cache once, so its roof is the bandwidth that `roofline` measured; a prompt is arithmetic.
-Copies of the cache rotate, so that none is found in a processor's cache, and contestants take turns.
+A decode step reads the whole cache once, so its roof is the bandwidth that `roofline` reads at that time; a prompt is
+arithmetic. Copies of the cache rotate, so that none is found in a processor's cache, and contestants take turns.
 """
 
 from __future__ import annotations
@@ -71,13 +71,18 @@ class Row:
     min_s: float
     median_s: float
     error: float  # norm of the error over the norm of the float32 result of torch
+    read_s: float  # bytes that the read loop got in a second, at best between the rounds of this point
     speedup: float | None = None
-    of_read: float | None = None  # share of the read bandwidth, of a decode step
 
     @property
     def gb_s(self) -> float:
         """Bytes of the cache read in a nanosecond."""
         return self.nbytes / self.min_s / 1e9
+
+    @property
+    def of_read(self) -> float | None:
+        """The share of `read_s` that a decode step reached."""
+        return self.nbytes / self.min_s / self.read_s if self.point.kind == "decode" else None
 
     @property
     def gop_s(self) -> float:
@@ -177,11 +182,11 @@ def run(
             rows += _measure(point, roofline, seconds, rotate)
     finally:
         ops.set_isa(before)
-    return Result(found, roofline, compare(rows, roofline))
+    return Result(found, roofline, compare(rows))
 
 
-def compare(rows: Iterable[Row], roofline: Roofline) -> list[Row]:
-    """Fills in how rows stand to torch and to the bandwidth, as far as those exist."""
+def compare(rows: Iterable[Row]) -> list[Row]:
+    """Fills in how rows stand to torch, as far as it runs there."""
     rows = list(rows)
     compared = []
     for row in rows:
@@ -190,8 +195,6 @@ def compare(rows: Iterable[Row], roofline: Roofline) -> list[Row]:
             peers = [other for other in peers if other.cache == row.cache] or peers
         if row.ours and peers:
             row = replace(row, speedup=min(other.min_s for other in peers) / row.min_s)
-        if row.point.kind == "decode":
-            row = replace(row, of_read=roofline.bandwidth().share(row.nbytes, row.min_s))
         compared.append(row)
     return compared
 
@@ -202,6 +205,7 @@ def _measure(point: Point, roofline: Roofline, seconds: float, rotate: int) -> l
     else:
         contestants, errors = _attention_contestants(point, rotate)
     times: list[list[float]] = [[] for _ in contestants]
+    reads: list[float] = []
     order = list(range(len(contestants)))
     shuffle = random.Random(0)
     end = time.perf_counter() + seconds
@@ -210,7 +214,7 @@ def _measure(point: Point, roofline: Roofline, seconds: float, rotate: int) -> l
         for i in order:
             times[i].append(contestants[i].time())
         time.sleep(_PAUSE)
-        roofline.refresh(ops.isa())
+        reads.append(roofline.read_now())
     return [
         Row(
             point=point,
@@ -223,6 +227,7 @@ def _measure(point: Point, roofline: Roofline, seconds: float, rotate: int) -> l
             min_s=min(taken),
             median_s=statistics.median(taken),
             error=error,
+            read_s=max(reads),
         )
         for c, taken, error in zip(contestants, times, errors, strict=True)
     ]

@@ -57,5 +57,5 @@ def as_json(result: Result) -> dict[str, Any]:
     rows = []
     for row in result.rows:
         data = {name: value for name, value in vars(row).items() if name != "point"}
-        rows.append(vars(row.point) | data | {"gb_s": row.gb_s, "gop_s": row.gop_s})
+        rows.append(vars(row.point) | data | {"gb_s": row.gb_s, "gop_s": row.gop_s, "of_read": row.of_read})
     return {"machine": result.machine, "roofs": roofs(result.roofline), "rows": rows}

@@ -18,7 +18,20 @@ from .run import Result, Row
 if TYPE_CHECKING:
     from . import attention
 
-HEADER = ("weight", "rows", "compute", "who", "kernels", "min ms", "median", "GB/s", "GOP/s", "x best peer", "of roof")
+HEADER = (
+    "weight",
+    "rows",
+    "compute",
+    "who",
+    "kernels",
+    "min ms",
+    "median",
+    "GB/s",
+    "GOP/s",
+    "of read",
+    "x best peer",
+    "of roof",
+)
 _LEFT = ("weight", "compute", "who", "kernels", "x best peer", "of roof")
 _NOISY, _BUSY = 1.5, 0.5
 
@@ -37,6 +50,7 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.median_s * 1e3:.3f}",
         f"{row.gb_s:.1f}",
         f"{row.gop_s:.1f}",
+        "" if row.of_read is None else f"{row.of_read:.0%}",
         peer,
         roof,
     )
@@ -110,7 +124,7 @@ def as_json(result: Result) -> dict[str, Any]:
     for row in result.rows:
         data = {name: value for name, value in vars(row).items() if name != "point"}
         point = vars(row.point.weight) | {"rows": row.point.rows, "compute": row.point.compute}
-        rows.append(point | data | {"gb_s": row.gb_s, "gop_s": row.gop_s})
+        rows.append(point | data | {"gb_s": row.gb_s, "gop_s": row.gop_s, "of_read": row.of_read})
     return {"machine": result.machine, "roofs": roofs(result.roofline), "rows": rows}
 
 

@@ -21,6 +21,7 @@ from torch_int4.errors import Int4Error
 HUGE = 2 << 20
 PAGES = ("2 MiB", "4 KiB")
 VARIANTS = tuple((streams, prefetch) for streams in (1, 2, 4, 8) for prefetch in (0, 1024, 4096))  # bytes ahead
+READ_NOW = ((1, 0), (4, 0))
 _PROBE_SECONDS = 0.001  # short, so that some samples are undisturbed on a busy machine
 _STEP = 256 * 8  # bytes: the buffer must divide among threads and streams
 
@@ -112,12 +113,21 @@ class Roofline:
         return self
 
     def refresh(self, isa: str) -> None:
-        """One more sample of the bandwidth, in its best variant, and of the peaks of a kernel set."""
-        pages = PAGES[0]
-        if self._buffer is not None:
-            self._note_read(pages, self._buffer, *self.read[pages][1:])
+        """One more sample of the peaks of a kernel set."""
         for name in sorted(set(ISA_PROBES.get(isa, ())) & set(self.peaks)):
             self._note_peak(name)
+
+    def read_now(self) -> float:
+        """Bytes that are read in a second at this moment: the best of a few ways, each tried once.
+
+        The bandwidth of a virtual machine changes by a factor of two within minutes, and with it what any product can
+        reach.
+        """
+        pages = PAGES[0]
+        if self._buffer is None:
+            return self.read[pages][0]
+        variants = {self.read[pages][1:], *READ_NOW}
+        return max(self._note_read(pages, self._buffer, *variant) for variant in sorted(variants))
 
     def bandwidth(self) -> Limit:
         """Bytes that can be read in a second: the better of both page sizes."""
@@ -134,10 +144,11 @@ class Roofline:
         terms = 2 if compute == "int8x2" else 1  # two int8 products for one
         return Limit(name + (" / 2" if terms == 2 else ""), self.peaks[name] / terms)
 
-    def _note_read(self, pages: str, buffer: ReadBuffer, streams: int, prefetch: int) -> None:
+    def _note_read(self, pages: str, buffer: ReadBuffer, streams: int, prefetch: int) -> float:
         speed = buffer.data.numel() / buffer.seconds(streams, prefetch)
         if speed > self.read.get(pages, (0.0,))[0]:
             self.read[pages] = speed, streams, prefetch
+        return speed
 
     def _note_peak(self, name: str) -> None:
         seconds, operations = torch.ops.torch_int4.probe_compute(name, 1000)

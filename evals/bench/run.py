@@ -48,6 +48,7 @@ class Row:
     min_s: float
     median_s: float
     error: float  # norm of the error over the norm of the product with the dequantized weight
+    read_s: float  # bytes that the read loop got in a second, at best between the rounds of this point
     best_peer: str | None = None
     speedup: float | None = None  # the best peer's minimum over this one
     roof: str | None = None
@@ -62,6 +63,11 @@ class Row:
     def gop_s(self) -> float:
         """Multiplications and additions in a nanosecond."""
         return self.point.operations / self.min_s / 1e9
+
+    @property
+    def of_read(self) -> float | None:
+        """The share of `read_s` that was reached; None where arithmetic takes longer than reading."""
+        return self.nbytes / self.min_s / self.read_s if self.point.rows <= 4 else None
 
 
 @dataclass(frozen=True)
@@ -174,6 +180,7 @@ def _measure(
     errors = [_error(contestant, x, dense) for contestant in contestants]
     times: list[list[float]] = [[] for _ in contestants]
     kernels = [""] * len(contestants)
+    reads: list[float] = []
     order = list(range(len(contestants)))
     shuffle = random.Random(0)  # not always the same neighbour before one's turn
     end = time.perf_counter() + seconds
@@ -186,6 +193,7 @@ def _measure(
             times[i].append(_pass(contestants[i]))
             kernels[i] = contestants[i].kernels()
         time.sleep(_PAUSE)
+        reads.append(roofline.read_now())
         for isa in {contestant.isa for contestant in contestants if isinstance(contestant, Ours)}:
             roofline.refresh(isa)
     return [
@@ -200,6 +208,7 @@ def _measure(
             min_s=min(taken),
             median_s=statistics.median(taken),
             error=error,
+            read_s=max(reads),
         )
         for contestant, kernel, taken, error in zip(contestants, kernels, times, errors, strict=True)
     ]

@@ -33,7 +33,8 @@ def main(
     each instruction that kernels use. Then all contestants take turns at every point, each going through copies of
     the weight that no cache holds (256 MiB or more). The table shows the best and the median time of one product,
     weight bytes and operations per second, the speed over the best peer, and the share of the roof: bandwidth up to
-    4 rows, arithmetic from 16.
+    4 rows, arithmetic from 16. "of read" is the share of what a reading loop got between the rounds of that point,
+    where the roof is the best of the whole run: the bandwidth of virtual machines changes within minutes.
 
     Peers are found by what is installed (pip install "torch-int4[bench]"): ONNX Runtime, torch's own int4, bf16 and
     fp32; and llama.cpp, if TORCH_INT4_LLAMA_CPP names the folder of its libggml.so. Every result is checked against

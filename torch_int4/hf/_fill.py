@@ -61,8 +61,8 @@ def plan_quantization(model: nn.Module, config: Int4Config, source: Source, name
     Raises:
         Int4Error: the recipe needs more than the weight itself.
     """
-    quantize = getattr(recipes.get(config.recipe), "quantize", None)
-    if quantize is None:
+    recipe = recipes.parse(config.recipe)
+    if recipe.needs_calibration:
         raise Int4Error(
             f"Int4Config.recipe={config.recipe!r}: needs the model's own activations, so it cannot run while weights "
             "are loaded; load the model in float, patch(model, config, calibration=...), then save_pretrained"
@@ -91,8 +91,8 @@ def plan_quantization(model: nn.Module, config: Int4Config, source: Source, name
         dense = tensors["weight"].to(place.dtype)
         if place.transposed:
             dense = dense.t()
-        chosen = quantize if place.bits == 4 else recipes.get("rtn").quantize
-        made: Int4Weight = chosen(dense, config, bits=place.bits, name=place.name)
+        stage = recipe.rounding if place.bits == 4 else recipes.get("rtn")
+        made: Int4Weight = stage.quantize(dense, recipe.configure(config), bits=place.bits, name=place.name)
         return made
 
     return Plan(source, pending, {name: {"weight": found[name]} for name in pending}, weight)

@@ -86,9 +86,9 @@ class Grid:
         same = (self.decode(self.encode(w, s, z), s, z) == w).all(1)
         return same & is_fp16(s).flatten() & is_fp16(z).flatten()
 
-    def error(self, w: Tensor, s: Tensor, z: Tensor) -> Tensor:
-        """Squared error `[n, 1]`."""
-        return self.decode(self.encode(w, s, z), s, z).sub_(w).square_().sum(1, keepdim=True)
+    def difference(self, w: Tensor, s: Tensor, z: Tensor) -> Tensor:
+        """What rounding changes, `[n, length]`."""
+        return self.decode(self.encode(w, s, z), s, z).sub_(w)
 
 
 def _divisor(s: Tensor) -> Tensor:

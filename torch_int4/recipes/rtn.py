@@ -8,10 +8,13 @@ The grid of a group, where `extreme` is the signed weight of largest magnitude:
 Codes are computed with the scale and offset as they are stored (fp16 where it loses nothing that matters).
 Weights that already lie on such a grid, because they came out of a 4-bit file, are taken over exactly, also
 where a group uses only some of its 16 codes. Clip search: per group, the shrink factor with the least
-squared weight error (section 3.2 of arXiv 2311.00502 lists such recipes).
+squared weight error (section 3.2 of arXiv 2311.00502 lists such recipes), or, with calibration, the least
+squared error of the products, from the Gram matrix of the group's inputs.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,49 +22,55 @@ from torch import Tensor
 from ..config import Int4Config
 from ..errors import Int4Error
 from ..weight import Int4Weight, group_spans
+from ._block import Inputs
 from ._grid import Grid, is_fp16
 
 CHUNK = 1 << 19  # weights per step: a few temporaries of it stay in the cache of a core
 SAMPLE = 512  # groups that decide whether a weight is searched for an exact grid
 CLIP_FACTORS = tuple(1.0 - 0.02 * step for step in range(21))
+Measure = Callable[[Tensor], Tensor]
 
 
-def quantize(weight: Tensor, config: Int4Config, *, bits: int = 4, name: str = "weight") -> Int4Weight:
+def quantize(
+    weight: Tensor, config: Int4Config, *, bits: int = 4, name: str = "weight", inputs: Inputs | None = None
+) -> Int4Weight:
     """Quantize `weight`, `[N, K]` of any float dtype, to `bits` (4, or 8: always symmetric and without
-    clipping).
+    clipping). With `inputs`, the clip search minimises the error of the products instead of the weights'.
 
     Raises:
         Int4Error: naming `name`: not a finite, two-dimensional float weight with values, or its groups span
             more than fp32 holds.
     """
     weight = weight.detach()
-    _check(weight, bits, name)
+    check_weight(weight, bits, name)
     grid = Grid("symmetric" if config.symmetric or bits == 8 else config.zeros, bits)
-    rows, inputs = weight.shape
+    rows, width = weight.shape
     size = config.group_size
-    groups = 1 if size == -1 else -(-inputs // size)
-    codes = torch.empty(rows, inputs, dtype=torch.uint8)
+    groups = 1 if size == -1 else -(-width // size)
+    codes = torch.empty(rows, width, dtype=torch.uint8)
     scales = torch.empty(rows, groups)
     zeros = torch.empty_like(scales)
 
     exact = bits == 4 and _lies_on_grid(weight, size, grid)
     clip = config.clip and bits == 4
-    step = max(1, CHUNK // inputs)
+    step = max(1, CHUNK // width)
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
         chunk = weight[part].float()
-        for columns, span, length in group_spans(inputs, size):
+        for columns, span, length in group_spans(width, size):
             w = chunk[:, columns].reshape(-1, length)
-            q, s, z = _round_groups(w, grid, exact, clip)
+            measure = weighted(inputs, columns, length) if clip and inputs is not None else squares
+            q, s, z = _round_groups(w, grid, exact, measure if clip else None)
             codes[part, columns] = q.view(chunk.shape[0], -1)
             scales[part, span] = s.view(chunk.shape[0], -1)
             zeros[part, span] = z.view(chunk.shape[0], -1)
-    return _pack_up(codes, scales, zeros, grid, size, name)
+    return pack_up(codes, scales, zeros, grid, size, name)
 
 
-def _check(weight: Tensor, bits: int, name: str) -> None:
+def check_weight(weight: Tensor, bits: int, name: str) -> None:
+    """Raise Int4Error, naming `name`, for what no recipe can quantize."""
     if bits not in (4, 8):
-        raise Int4Error(f"{name}: round to nearest makes 4 or 8 bits, not {bits!r}")
+        raise Int4Error(f"{name}: recipes make 4 or 8 bits, not {bits!r}")
     if weight.dim() != 2 or weight.numel() == 0 or not weight.is_floating_point():
         raise Int4Error(f"{name}: needs a float weight [N, K]; got {weight.dtype} {list(weight.shape)}")
     if weight.is_meta:
@@ -73,23 +82,42 @@ def _check(weight: Tensor, bits: int, name: str) -> None:
         raise Int4Error(f"{name}: holds values near the end of fp32's range; leave it out with Int4Config.skip")
 
 
-def _round_groups(w: Tensor, grid: Grid, exact: bool, clip: bool) -> tuple[Tensor, Tensor, Tensor]:
+def squares(difference: Tensor) -> Tensor:
+    """Squared error of weights, `[n, 1]`, for differences `[n, length]`, which are overwritten."""
+    return difference.square_().sum(1, keepdim=True)
+
+
+def weighted(inputs: Inputs, columns: slice, length: int) -> Measure:
+    """Squared error of products with these inputs, each group of `length` inputs by itself."""
+    gram = inputs.gram[columns, columns].unfold(0, length, length).unfold(1, length, length)
+    gram = gram.diagonal(dim1=0, dim2=1).permute(2, 0, 1).contiguous()  # the blocks on the diagonal, one per group
+
+    def measure(difference: Tensor) -> Tensor:
+        parts = difference.view(-1, gram.shape[0], length).transpose(0, 1)
+        return torch.bmm(parts, gram).mul_(parts).sum(2).t().reshape(-1, 1)
+
+    return measure
+
+
+def _round_groups(w: Tensor, grid: Grid, exact: bool, clip: Measure | None) -> tuple[Tensor, Tensor, Tensor]:
     """Codes uint8 `[n, length]`, scales and zeros (or offsets) `[n, 1]` of the groups `w` `[n, length]`."""
     bounds = grid.bounds(w)
     s, z = grid.fit(*bounds)
     if exact:
         _take_over(w, s, z, grid)
-    if clip:
-        _search_clip(w, bounds, s, z, grid)
+    if clip is not None:
+        search_clip(w, bounds, s, z, grid, clip)
     return grid.encode(w, s, z).to(torch.uint8), s, z
 
 
-def _search_clip(w: Tensor, bounds: tuple[Tensor, Tensor], s: Tensor, z: Tensor, grid: Grid) -> None:
-    """Put into `s` and `z`, per group, the range shrunk by the factor with the least squared error."""
-    least = grid.error(w, s, z)
+def search_clip(
+    w: Tensor, bounds: tuple[Tensor, Tensor], s: Tensor, z: Tensor, grid: Grid, measure: Measure = squares
+) -> None:
+    """Put into `s` and `z`, per group, the range shrunk by the factor with the least error."""
+    least = measure(grid.difference(w, s, z))
     for factor in CLIP_FACTORS[1:]:
         new_s, new_z = grid.fit(*grid.shrink(w, bounds, factor))
-        error = grid.error(w, new_s, new_z)
+        error = measure(grid.difference(w, new_s, new_z))
         better = error < least
         torch.where(better, error, least, out=least)
         torch.where(better, new_s, s, out=s)
@@ -137,7 +165,8 @@ def _lies_on_grid(weight: Tensor, group_size: int, grid: Grid) -> bool:
     return bool(_take_over(w, s, z, grid).float().mean() >= 0.25)
 
 
-def _pack_up(codes: Tensor, scales: Tensor, zeros: Tensor, grid: Grid, group_size: int, name: str) -> Int4Weight:
+def pack_up(codes: Tensor, scales: Tensor, zeros: Tensor, grid: Grid, group_size: int, name: str) -> Int4Weight:
+    """The checked weight of codes, scales and zeros; in fp16 where that holds all of them exactly."""
     floats = (scales, zeros) if grid.kind == "float" else (scales,)
     dtype = torch.float16 if all(bool(is_fp16(t).all()) for t in floats) else torch.float32
     result = Int4Weight(codes, scales.to(dtype), group_size=group_size, bits=grid.bits)

@@ -1,0 +1,103 @@
+"""Where a layer of the KV cache keeps its tensors: allocated ahead, grown by blocks, rows selected, read back."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+BLOCK = 256  # tokens; capacities are multiples of it
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+
+
+class KVStorage(CacheLayerMixin):
+    """Keys and values of one attention layer.
+
+    Attributes:
+        keys, values: `[batch, kv heads, capacity, head size]`; what lies beyond `length` is undefined.
+        key_scales, value_scales: fp32 `[batch, kv heads, capacity]` of an int8 cache, or None.
+        length: int64 `[1]`, the tokens in the cache. Operators read and advance it.
+        max_length: tokens that a cache of fixed size holds, None for one that grows.
+    """
+
+    def __init__(self, dtype: str = "auto", max_length: int | None = None, capacity: int = 0) -> None:
+        super().__init__()
+        self.kind, self.max_length, self._hint = dtype, max_length, capacity
+        self.is_compileable = max_length is not None
+        self.key_scales: Tensor | None = None
+        self.value_scales: Tensor | None = None
+        with _writable():
+            self.length = torch.zeros(1, dtype=torch.int64)
+        self._count = 0  # the same number without a read of the tensor; not kept where the size is fixed
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit without growing."""
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def _resolve(self, activations: torch.dtype) -> torch.dtype:
+        if self.kind != "auto":
+            return DTYPES[self.kind]
+        return activations if activations.itemsize == 2 else torch.bfloat16  # half the reads, and the range of fp32
+
+    def _allocate(self, keys: Tensor, values: Tensor, dtype: torch.dtype) -> None:
+        """Empty storage for states `[batch, kv heads, tokens, head size]`."""
+        self.dtype, self.device = keys.dtype, keys.device
+        self.batch_size, heads, tokens, _ = keys.shape
+        capacity = self.max_length or _blocks(max(tokens, self._hint))
+        # Stock modules multiply all of a cache of fixed size, so that it must not hold NaN.
+        make = torch.empty if self.max_length is None else torch.zeros
+        with _writable():
+            self.keys = make(self.batch_size, heads, capacity, keys.shape[3], dtype=dtype)
+            self.values = make(self.batch_size, heads, capacity, values.shape[3], dtype=dtype)
+            if dtype == torch.int8:
+                self.key_scales = make(self.batch_size, heads, capacity, dtype=torch.float32)
+                self.value_scales = make(self.batch_size, heads, capacity, dtype=torch.float32)
+        if self.max_length is not None and not torch.compiler.is_compiling():
+            for tensor in (*self._tensors().values(), self.length):
+                torch._dynamo.mark_static_address(tensor)
+        self.is_initialized = True
+
+    def _tensors(self) -> dict[str, Tensor]:
+        names = ("keys", "values", "key_scales", "value_scales")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def _grow(self, needed: int) -> None:
+        capacity = _blocks(max(needed, self.capacity + self.capacity // 2))
+        for name, old in self._tensors().items():
+            with _writable():
+                new = old.new_empty(*old.shape[:2], capacity, *old.shape[3:])
+            new[:, :, : self._count] = old[:, :, : self._count]
+            setattr(self, name, new)
+
+    def _select(self, rows: Tensor) -> None:
+        used = slice(self._count if self.max_length is None else None)
+        for name, old in self._tensors().items():
+            with _writable():
+                new = old.new_empty(len(rows), *old.shape[1:])
+            new[:, :, used] = old[rows, :, used]
+            setattr(self, name, new)
+        self.batch_size = len(rows)
+
+    def _read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values as `[batch, kv heads, tokens or capacity, head size]`."""
+        assert self.keys is not None
+        assert self.values is not None
+        used = slice(self._count if self.max_length is None else None)
+        keys, values = self.keys[:, :, used], self.values[:, :, used]
+        if self.key_scales is not None and self.value_scales is not None:
+            keys = keys * self.key_scales[:, :, used, None]
+            values = values * self.value_scales[:, :, used, None]
+        return keys.to(dtype), values.to(dtype)
+
+
+def _writable() -> contextlib.AbstractContextManager[Any]:
+    """Tensors made in inference mode could not be written outside of it; caches outlive the mode."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+
+
+def _blocks(tokens: int) -> int:
+    return max(-(-tokens // BLOCK), 1) * BLOCK

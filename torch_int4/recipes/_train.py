@@ -1,0 +1,217 @@
+"""Training what rounds the weights of a block, so that the block's output stays close to the float model's.
+
+Weights are rounded with straight-through gradients; parameters of rounding, clipping and scales are trained over the
+captured batches, and the state with the least error is kept, which may be the one before training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import Int4Config
+from ..folding import Fold
+from ..weight import Int4Weight, group_spans
+from ._block import Block, Linear
+from ._grid import Grid, round_fp16
+from .rtn import pack_up
+
+CHECKS = 8  # states between the first and the last that are compared
+CHECKED_BATCHES = 8
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps of training, and the learning rate of each kind of parameter, falling linearly to zero."""
+
+    steps: int
+    rates: tuple[float, ...]
+
+
+class FakeQuant:
+    """Rounds a weight `[N, K]` on the grid of its groups, in a way that passes gradients on.
+
+    Attributes:
+        low, high: factors `[N, G]` of the ends of each group's range.
+        shift: added to every weight before rounding, in steps, `[N, K]`; or None.
+    """
+
+    def __init__(self, linear: Linear, config: Int4Config, *, shift: bool = False) -> None:
+        self.linear, self.size = linear, config.group_size
+        self.grid = Grid("symmetric" if config.symmetric else config.zeros)
+        rows, inputs = linear.weight.shape
+        groups = 1 if self.size == -1 else -(-inputs // self.size)
+        self.low, self.high = torch.ones(rows, groups), torch.ones(rows, groups)
+        self.shift = torch.zeros(rows, inputs) if shift else None
+
+    def round(self, weight: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """The weight after rounding, `[N, K]`, for factors `low` and `high` (which may be functions of parameters)."""
+        parts = []
+        for columns, groups, length in group_spans(weight.shape[1], self.size):
+            q, s, z = self._codes(weight, low, high, columns, groups, length)
+            parts.append(((q * s + z) if self.grid.kind == "float" else (q - z) * s).flatten(1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    @torch.no_grad()
+    def freeze(self, weight: Tensor, low: Tensor, high: Tensor) -> Int4Weight:
+        """The canonical form of what `round` returns."""
+        codes = torch.empty(weight.shape, dtype=torch.uint8)
+        scales = torch.empty_like(self.low)
+        zeros = torch.empty_like(self.low)
+        for columns, groups, length in group_spans(weight.shape[1], self.size):
+            q, s, z = self._codes(weight, low, high, columns, groups, length)
+            codes[:, columns] = q.to(torch.uint8).flatten(1)
+            scales[:, groups], zeros[:, groups] = s.squeeze(2), z.squeeze(2)
+        return pack_up(codes, scales, zeros, self.grid, self.size, self.linear.name)
+
+    def _codes(
+        self, weight: Tensor, low: Tensor, high: Tensor, columns: slice, groups: slice, length: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes `[N, groups, length]`, scales and zeros `[N, groups, 1]`, all fp32."""
+        w = weight[:, columns].unflatten(1, (-1, length))
+        least, most = w.amin(2, keepdim=True), w.amax(2, keepdim=True)
+        if self.grid.kind != "float":
+            least, most = least.clamp(max=0), most.clamp(min=0)
+        least, most = least * low[:, groups, None], most * high[:, groups, None]
+        if self.grid.kind == "float":
+            most = torch.maximum(least, most)
+        s, z = self._fit(least, most)
+        x = (w - z if self.grid.kind == "float" else w) / torch.where(s == 0, 1.0, s)
+        if self.shift is not None:
+            x = x + self.shift[:, columns].unflatten(1, (-1, length))
+        q = _straight_through(torch.round, x)
+        return (q if self.grid.kind == "float" else q + z).clamp(0, self.grid.levels - 1), s, z
+
+    def _fit(self, least: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+        if self.grid.kind == "symmetric":
+            s = _straight_through(round_fp16, torch.where(-least >= most, least, most) / -8)
+            return s, torch.full_like(s, 8.0)
+        s = _straight_through(round_fp16, (most - least) / 15)
+        if self.grid.kind == "float":
+            return s, _straight_through(round_fp16, least)
+        return s, _straight_through(torch.round, -least / torch.where(s == 0, 1.0, s)).clamp(0, 15)
+
+
+def _straight_through(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x), with the gradient of x. The sum is exact: both terms are within a factor of two of each other."""
+    return x + (function(x) - x).detach() if x.requires_grad else function(x)
+
+
+def fake_quants(block: Block, config: Int4Config, *, shift: bool = False) -> list[FakeQuant]:
+    """One for every 4-bit linear of a block."""
+    return [FakeQuant(linear, config, shift=shift) for linear in block.linears if linear.bits == 4]
+
+
+def folded(block: Block, scales: Sequence[tuple[Fold, Tensor]]) -> dict[str, Tensor]:
+    """The block's parameters, by name and in their own layout, that change when scales are folded one after another."""
+    result: dict[str, Tensor] = {}
+
+    def key(module: nn.Module, name: str) -> str:
+        return f"{block.path_of(module)}.{name}"
+
+    def current(module: nn.Module, name: str) -> Tensor | None:
+        own = module._parameters.get(name)
+        return None if own is None else result.get(key(module, name), own.detach())
+
+    for fold, s in scales:
+        weight = current(fold.source, "weight")
+        assert weight is not None
+        changed = fold.source_tensors(s, weight, current(fold.source, "bias"))
+        result.update({key(fold.source, name): value for name, value in changed.items()})
+        for target in fold.targets:
+            weight = current(target, "weight")
+            assert weight is not None
+            result[key(target, "weight")] = fold.target_weight(target, weight, s)
+    return result
+
+
+def rounded(
+    quants: Sequence[FakeQuant],
+    parameters: dict[str, Tensor],
+    factors: Callable[[int], tuple[Tensor, Tensor]],
+) -> dict[str, Tensor]:
+    """`parameters` with the weights of `quants` rounded; `factors(i)` gives the i-th one's low and high."""
+    result = dict(parameters)
+    for i, quant in enumerate(quants):
+        linear = quant.linear
+        own = parameters.get(linear.key)
+        weight = linear.weight.float() if own is None else linear.in_own_layout(own)
+        result[linear.key] = linear.in_own_layout(quant.round(weight, *factors(i)))
+    return result
+
+
+def train(
+    block: Block,
+    groups: Sequence[Sequence[Tensor]],
+    parameters: Callable[[], dict[str, Tensor]],
+    schedule: Schedule,
+    optimizer: Callable[[Sequence[Tensor]], Any],
+    clamp: Callable[[], None] = lambda: None,
+) -> tuple[float, float]:
+    """Train leaf tensors in place; afterwards they hold the best state that was seen.
+
+    Args:
+        groups: leaf tensors, one group per learning rate of the schedule.
+        parameters: the block's parameters as functions of the leaves.
+        optimizer: makes a `torch.optim.Optimizer` for one group.
+        clamp: brings the leaves back into their ranges after each step.
+
+    Returns:
+        The mean squared error of the block's output before, and that of the best state.
+    """
+    leaves = [leaf for group in groups for leaf in group]
+    held = [p for p in block.module.parameters() if p.requires_grad]
+    for parameter in held:
+        parameter.requires_grad_(False)
+    checked = range(min(block.batches, CHECKED_BATCHES))
+    every = max(1, schedule.steps // CHECKS)
+    try:
+        first = least = _error(block, parameters, checked)
+        best = [leaf.detach().clone() for leaf in leaves]
+        optimizers = [optimizer(group) for group in groups]
+        for leaf in leaves:
+            leaf.requires_grad_(True)
+        for step in range(schedule.steps):
+            _step(block, parameters, optimizers, schedule, step)
+            clamp()
+            if (step + 1) % every == 0 or step + 1 == schedule.steps:
+                error = _error(block, parameters, checked)
+                if error < least:
+                    least, best = error, [leaf.detach().clone() for leaf in leaves]
+    finally:
+        for parameter in held:
+            parameter.requires_grad_(True)
+    for leaf, value in zip(leaves, best, strict=True):
+        leaf.requires_grad_(False).copy_(value)
+    return first, least
+
+
+def _step(
+    block: Block,
+    parameters: Callable[[], dict[str, Tensor]],
+    optimizers: Sequence[Any],
+    schedule: Schedule,
+    step: int,
+) -> None:
+    batch = int(torch.randint(block.batches, (1,), generator=block.generator))
+    with torch.enable_grad():
+        loss = F.mse_loss(block.run(batch, parameters()), block.targets(batch))
+        loss.backward()
+    for optimizer, rate in zip(optimizers, schedule.rates, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * (1 - step / schedule.steps)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def _error(block: Block, parameters: Callable[[], dict[str, Tensor]], batches: range) -> float:
+    now = parameters()
+    errors = [F.mse_loss(block.run(batch, now), block.targets(batch)).item() for batch in batches]
+    mean = sum(errors) / len(errors)
+    return mean if mean == mean else float("inf")
