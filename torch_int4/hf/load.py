@@ -10,6 +10,7 @@ from typing import Any
 
 from ..config import OF_RUNNING, Int4Config, is_group_size
 from ..errors import Int4Error
+from ..formats._files import open_checkpoint
 
 OF_FETCHING = ("trust_remote_code", "revision", "subfolder", "token", "cache_dir", "local_files_only", "code_revision")
 
@@ -57,8 +58,16 @@ def from_pretrained(
                 "keywords, or load the float checkpoint"
             )
         model_config.quantization_config = _adopted(source, ours, str(name_or_path))
+    _check_files(name_or_path, options)
     loader = AutoModelForCausalLM if model_class is None else model_class
     return loader.from_pretrained(name_or_path, config=model_config, **options)
+
+
+def _check_files(name_or_path: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
+    """Look at index and headers of a folder before anything is loaded from it."""
+    elsewhere = any(options.get(name) for name in ("subfolder", "variant", "gguf_file", "state_dict"))
+    if options["use_safetensors"] and not elsewhere and os.path.isdir(name_or_path):
+        open_checkpoint(os.fspath(name_or_path)).close()
 
 
 def load_config(name_or_path: str | os.PathLike[str], options: Mapping[str, Any]) -> Any:
