@@ -12,6 +12,7 @@ struct HeadsView {
   DType dtype;
   int64_t heads, dim;
   int64_t batch_stride, token_stride, head_stride;
+  int64_t group = 0, group_stride = 0;  // heads in groups of so many, so far apart; 0: all are head_stride apart
 };
 
 // Keys or values, [batch][kv_head][key][dim], the last stride 1.
@@ -57,7 +58,8 @@ struct RotaryAppend {
   bool interleaved;
   CacheType type;
   CacheTarget key_cache, value_cache;
-  void* rotated;  // the query, [batch][token][head][dim]
+  void* rotated;                                             // the query, [batch][token][head][dim]
+  const RowNorm *query_norm = nullptr, *key_norm = nullptr;  // of each head, before the rotation
 };
 
 void rotary_append(const RotaryAppend& a, ParallelFor parallel);

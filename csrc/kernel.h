@@ -25,7 +25,9 @@ constexpr int kMaxBlock = 128;  // inputs that share one activation scale, at mo
 
 enum class DType : int { kF32, kBF16, kF16 };
 enum class WeightType : int { kInt4, kInt8, kBook };
-enum class ScaleType : int { kF16, kF32, kE8M0 };          // E8M0: a power of two, 2^(byte - 127)
+enum class ScaleType : int { kF16, kF32, kE8M0 };  // E8M0: a power of two, 2^(byte - 127)
+enum class Norm : int { kRms, kLayer };
+enum class Activation : int { kSilu, kGelu, kGeluTanh };
 enum class Offset : int { kSymmetric, kInteger, kFloat };  // zero = 2^(bits-1); uint8 zeros; w = q*scale + offset
 
 // 16 values, in float and as step * (code - 128). `planes` are the codes for byte shuffles: their low nibbles, their
@@ -75,6 +77,17 @@ struct Output {
   int64_t stride;     // elements from one row to the next
   const float* bias;  // [out_features] or null
   int terms;
+  const void* residual = nullptr;  // added to y after y was rounded, with the type and strides of data; or null
+};
+
+// A norm of one row, computed in float and rounded to `dtype` where models do it: kRms rounds before the product with
+// the weight and after it, or, with an offset, only after that with (offset + weight); kLayer only at the end.
+struct RowNorm {
+  Norm kind;
+  DType dtype;
+  float eps, offset;
+  const float* weight;  // [count]
+  const float* bias;    // [count] or null
 };
 
 struct AttentionTile;  // attention_kernel.h
@@ -104,6 +117,10 @@ struct IsaKernels {
   // Attention of at most kFewRows rows to a span of keys, and of a tile of rows to any number of keys.
   void (*attend_few)(const AttentionTile&);
   void (*attend_many)(const AttentionTile&);
+  // Normalizes `count` floats. Sums run in 16 lanes in every kernel, so that results are the same bits.
+  void (*normalize)(const float* x, int64_t count, const RowNorm& norm, float* y);
+  // gate = activation(gate) * up, both rounded to `dtype`, which is that of gate and up; up may be null, as ones are.
+  void (*gate)(float* gate, const float* up, int64_t count, Activation activation, DType dtype);
   IsaKernels* next;
 };
 

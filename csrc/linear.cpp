@@ -45,17 +45,37 @@ struct Job {
   int terms() const { return compute == Compute::kInt8x2 ? 2 : 1; }
 };
 
+// Row `row` of x as floats, before its permutation: normalized, gated or as it is.
+void load_row(const Job& job, int64_t row, float* target) {
+  thread_local Buffer other;
+  const Input& x = job.x;
+  const int64_t k = job.w().in_features, byte = row * k * (x.dtype == DType::kF32 ? 4 : 2);
+  const char* source = static_cast<const char*>(x.data) + byte;
+  if (x.norm) {
+    const auto* values = reinterpret_cast<const float*>(source);
+    if (x.dtype != DType::kF32) job.kernels.to_float(source, x.dtype, k, target), values = target;
+    job.kernels.normalize(values, k, *x.norm, target);
+  } else if (x.activation) {
+    float* up = x.gate ? other.get<float>(k) : nullptr;
+    if (up) job.kernels.to_float(source, x.dtype, k, up);
+    job.kernels.to_float(x.gate ? static_cast<const char*>(x.gate) + byte : source, x.dtype, k, target);
+    job.kernels.gate(target, up, k, *x.activation, x.dtype);
+  } else {
+    job.kernels.to_float(source, x.dtype, k, target);
+  }
+}
+
 // Row `row` of x as floats, permuted and padded with zeros to whole slabs.
 const float* padded_row(const Job& job, int64_t row, Buffer& converted, Buffer& permuted) {
+  const Input& x = job.x;
   const int64_t k = job.w().in_features, padded = job.w().padded_inputs;
-  const int bytes = job.x.dtype == DType::kF32 ? 4 : 2;
-  const char* source = static_cast<const char*>(job.x.data) + row * k * bytes;
-  if (job.x.dtype == DType::kF32 && !job.x.perm && padded == k) return reinterpret_cast<const float*>(source);
+  const bool changes = x.dtype != DType::kF32 || x.perm || x.norm || x.activation || padded != k;
+  if (!changes) return static_cast<const float*>(x.data) + row * k;
   float* target = converted.get<float>(padded);
-  job.kernels.to_float(source, job.x.dtype, k, target);
-  if (job.x.perm) {
+  load_row(job, row, target);
+  if (x.perm) {
     float* gathered = permuted.get<float>(padded);
-    for (int64_t i = 0; i < k; ++i) gathered[i] = target[job.x.perm[i]];
+    for (int64_t i = 0; i < k; ++i) gathered[i] = target[x.perm[i]];
     target = gathered;
   }
   memset(target + k, 0, size_t(padded - k) * sizeof(float));
@@ -120,6 +140,24 @@ const char* linear(const PackedWeight* w, const Output* y, int count, const Inpu
   parallel(panels, 1 + kThreadBytes / (w->panel_bytes() * rows), run_panels, &job);
   values.trim(kKeptBytes);
   return job.kernels.name;
+}
+
+void mlp(const Mlp& m, Compute compute, ParallelFor parallel) {
+  thread_local Buffer buffer;  // gate and up, in the type of x
+  const int64_t inner = m.weights[0].out_features, rows = m.x.rows;
+  const int64_t bytes = rows * inner * (m.x.dtype == DType::kF32 ? 4 : 2);
+  const int count = m.gated ? 2 : 1;
+  char* first = buffer.get<char>(count * bytes);
+  const Output inside[] = {{first, m.x.dtype, inner, m.biases[0], 1},
+                           {first + bytes, m.x.dtype, inner, m.biases[1], 1}};
+  linear(m.weights, inside, count, m.x, compute, parallel);
+  Input product{m.gated ? first + bytes : first, m.x.dtype, rows, m.down_perm};
+  product.gate = m.gated ? first : nullptr;
+  product.activation = &m.activation;
+  Output output = m.output;
+  output.bias = m.biases[count];
+  linear(m.weights + count, &output, 1, product, compute, parallel);
+  buffer.trim(kKeptBytes);
 }
 
 }  // namespace torch_int4

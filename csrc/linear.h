@@ -12,6 +12,11 @@ struct Input {
   DType dtype;
   int64_t rows;
   const int64_t* perm;  // input k of the weight is input perm[k] of x; or null
+  // What becomes of a row first: it is normalized, or it goes through the activation, or it is multiplied with the
+  // activation of a row of `gate`; or nothing.
+  const RowNorm* norm = nullptr;
+  const Activation* activation = nullptr;
+  const void* gate = nullptr;  // alike data
 };
 
 // Runs body(context, begin, end) over [0, count) on the caller's thread pool, at least `grain` items a thread.
@@ -22,5 +27,19 @@ using ParallelFor = void (*)(int64_t count, int64_t grain, ParallelBody body, vo
 // fork-join covers all of them. Returns the name of the kernel set that ran.
 const char* linear(const PackedWeight* w, const Output* y, int count, const Input& x, Compute compute,
                    ParallelFor parallel);
+
+// y = down(activation(gate(x)) * up(x)), or down(activation(up(x))) without a gate, where x may be normalized before
+// and y added to a residual.
+struct Mlp {
+  Input x;
+  bool gated;
+  PackedWeight weights[3];  // gate, up, down; or up, down
+  const float* biases[3];
+  const int64_t* down_perm;
+  Activation activation;
+  Output output;  // its bias is that of down
+};
+
+void mlp(const Mlp& m, Compute compute, ParallelFor parallel);
 
 }  // namespace torch_int4

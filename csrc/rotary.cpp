@@ -29,13 +29,17 @@ struct Workspace {
 };
 
 const void* element(const HeadsView& view, int64_t batch, int64_t token, int64_t head) {
-  const int64_t i = batch * view.batch_stride + token * view.token_stride + head * view.head_stride;
+  const int64_t group = view.group ? head / view.group : 0, in_group = head - group * view.group;
+  const int64_t i =
+      batch * view.batch_stride + token * view.token_stride + group * view.group_stride + in_group * view.head_stride;
   return static_cast<const char*>(view.data) + i * bytes_of(view.dtype);
 }
 
-// One head of a token as floats, rotated, and rounded to its own type again.
-void load_head(const Job& job, const HeadsView& view, const void* source, bool rotated, const Workspace& w) {
+// One head of a token as floats, normalized, rotated, and rounded to its own type again.
+void load_head(const Job& job, const HeadsView& view, const void* source, const RowNorm* norm, bool rotated,
+               const Workspace& w) {
   job.kernels.to_float(source, view.dtype, view.dim, w.x);
+  if (norm) job.kernels.normalize(w.x, view.dim, *norm, w.x);
   if (!rotated || !job.a.rotary_dim) return;
   job.kernels.rotate(w.x, w.cos, w.sin, job.a.rotary_dim, job.a.interleaved);
   if (view.dtype == DType::kF32) return;
@@ -56,11 +60,12 @@ void append_heads(const Job& job, int64_t batch, int64_t token, const HeadsView&
   const RotaryAppend& a = job.a;
   const DType dtype = cache_float(a.type);
   const bool rotates = rotated && a.rotary_dim;
-  const bool copies = !rotates && a.type != CacheType::kInt8 && dtype == view.dtype && dtype != DType::kF16;
+  const RowNorm* norm = rotated ? a.key_norm : nullptr;
+  const bool copies = !rotates && !norm && a.type != CacheType::kInt8 && dtype == view.dtype && dtype != DType::kF16;
   for (int64_t head = 0; head < view.heads; ++head) {
     const void* source = element(view, batch, token, head);
     const int64_t row = (batch * view.heads + head) * a.capacity + a.length + token;
-    if (!copies) load_head(job, view, source, rotated, w);
+    if (!copies) load_head(job, view, source, norm, rotated, w);
     if (a.type == CacheType::kInt8) {
       store_int8(job, view.dim, w, static_cast<int8_t*>(cache.data) + row * view.dim, cache.scales + row);
       continue;
@@ -78,12 +83,13 @@ void rotate_query(const Job& job, int64_t batch, int64_t token, const Workspace&
   char* target = static_cast<char*>(a.rotated) + (batch * a.tokens + token) * q.heads * bytes;
   for (int64_t head = 0; head < q.heads; ++head, target += bytes) {
     const void* source = element(q, batch, token, head);
-    if (!a.rotary_dim) {
+    if (!a.rotary_dim && !a.query_norm) {
       memcpy(target, source, size_t(bytes));
       continue;
     }
     job.kernels.to_float(source, q.dtype, q.dim, w.x);
-    job.kernels.rotate(w.x, w.cos, w.sin, a.rotary_dim, a.interleaved);
+    if (a.query_norm) job.kernels.normalize(w.x, q.dim, *a.query_norm, w.x);
+    if (a.rotary_dim) job.kernels.rotate(w.x, w.cos, w.sin, a.rotary_dim, a.interleaved);
     job.kernels.from_float(w.x, q.dim, q.dtype, false, target);
   }
 }

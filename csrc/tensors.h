@@ -21,11 +21,13 @@ inline void parallel(int64_t count, int64_t grain, ParallelBody body, void* cont
   torch::stable::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
 }
 
-inline std::string shape_text(const Tensor& t) {
+inline std::string shape_text(const std::vector<int64_t>& shape) {
   std::string text = "[";
-  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
   return text + "]";
 }
+
+inline std::string shape_text(const Tensor& t) { return shape_text({t.sizes().begin(), t.sizes().end()}); }
 
 inline DType float_type(ScalarType type, const char* what) {
   if (type == ScalarType::Float) return DType::kF32;
@@ -40,12 +42,8 @@ inline void check_tensor(const Tensor& t, const char* name, ScalarType type, con
   STD_TORCH_CHECK(t.scalar_type() == type, "torch_int4: ", name, " must be ", type_name);
   STD_TORCH_CHECK(t.is_contiguous(), "torch_int4: ", name, " must be contiguous");
   bool same = t.dim() == int64_t(shape.size());
-  std::string expected;
-  for (size_t i = 0; i < shape.size(); ++i) {
-    same = same && t.size(int64_t(i)) == shape[i];
-    expected += (i ? ", " : "") + std::to_string(shape[i]);
-  }
-  STD_TORCH_CHECK(same, "torch_int4: ", name, " has shape ", shape_text(t), " but must be [", expected, "]");
+  for (size_t i = 0; same && i < shape.size(); ++i) same = t.size(int64_t(i)) == shape[i];
+  STD_TORCH_CHECK(same, "torch_int4: ", name, " has shape ", shape_text(t), " but must be ", shape_text(shape));
 }
 
 }  // namespace torch_int4

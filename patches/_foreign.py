@@ -14,6 +14,7 @@ from ..config import Int4Config
 from ..linear import Int4Linear
 from ..weight import Int4Weight
 from . import _scan
+from ._hooks import HOOKS
 from ._report import PatchedLinear, PatchReport
 
 
@@ -47,7 +48,7 @@ def find(model: nn.Module, config: Int4Config) -> list[Foreign]:
     return [Foreign(names[module], places[module], module) for module in chosen]
 
 
-def convert(target: Foreign, config: Int4Config, report: PatchReport, hooks: tuple[str, ...]) -> None:
+def convert(target: Foreign, config: Int4Config, report: PatchReport) -> None:
     """Put an `Int4Linear` into every place of a foreign module, and let go of it.
 
     Raises:
@@ -64,7 +65,7 @@ def convert(target: Foreign, config: Int4Config, report: PatchReport, hooks: tup
     bias = getattr(old, "bias", None)
     dtype = _activation_dtype(old, bias)
     new = Int4Linear.from_weight(weight, _parameter(bias), compute=config.compute, dtype=dtype)
-    for name in hooks:
+    for name in HOOKS:
         setattr(new, name, getattr(old, name))
     new.train(old.training)
     for parent, attribute in target.places:

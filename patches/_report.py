@@ -35,6 +35,7 @@ class PatchReport:
         linears: one entry per linear that was replaced.
         merged: operator calls that serve several linears with the same input.
         fused: attention modules that run fused.
+        blocks: decoder layers that run fused around their attention.
         interfaces: decoders that call our attention by transformers' attention interface.
         skipped: (name, reason) of every linear and embedding left in float.
         embeddings: (name, bytes before, bytes after) of embeddings stored in fewer bytes.
@@ -46,6 +47,7 @@ class PatchReport:
     linears: list[PatchedLinear] = field(default_factory=list)
     merged: int = 0
     fused: int = 0
+    blocks: int = 0
     interfaces: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
     embeddings: list[tuple[str, int, int]] = field(default_factory=list)
@@ -87,6 +89,8 @@ class PatchReport:
             lines.append(f"merged: {self.merged} operator calls serve linears with a shared input")
         if self.fused:
             lines.append(f"attention: {self.fused} modules fused, KV cache in {self.config.kv_cache}")
+            if self.blocks:
+                lines.append(f"decoder layers: {self.blocks} fused")
         elif self.interfaces:
             lines.append("attention: by transformers' attention interface")
         for entry in self.linears:

@@ -1,8 +1,36 @@
 """Falcon: multi-query (7B), grouped with two norms (40B), and RW with ALiBi, which its masks contain."""
 
+import dataclasses
+
 from ..attention_layout import AttentionLayout
+from ..block_layout import BlockLayout
 from ..folding import ScaleFold
 from .families import Family
+
+SERIAL = BlockLayout(
+    ("2b5f89fea7e7b5f0", "62bd1c002ad7c1f3", None),
+    when=(("config.new_decoder_architecture", False), ("config.parallel_attn", False)),
+    attention="self_attention",
+    gate=None,
+    up="dense_h_to_4h",
+    down="dense_4h_to_h",
+    activation="act",
+    returns_weights=True,
+    norm="layer",
+    eps="eps",
+)
+ONE_NORM = dataclasses.replace(
+    SERIAL,
+    when=(("config.new_decoder_architecture", False), ("config.parallel_attn", True)),
+    post_norm=None,
+    parallel=True,
+)
+TWO_NORMS = dataclasses.replace(
+    ONE_NORM,
+    when=(("config.new_decoder_architecture", True), ("config.num_ln_in_parallel_attn", 2)),
+    input_norm="ln_attn",
+    post_norm="ln_mlp",
+)
 
 FAMILY = Family(
     shared_inputs=(("self_attention.query_key_value", "mlp.dense_h_to_4h"),),
@@ -15,6 +43,7 @@ FAMILY = Family(
         unrotated="alibi",
         repeats_kv="new_decoder_architecture",
     ),
+    blocks=(SERIAL, ONE_NORM, TWO_NORMS),
     folds=(
         ScaleFold("input_layernorm", ("self_attention.query_key_value", "mlp.dense_h_to_4h")),
         ScaleFold("input_layernorm", ("self_attention.query_key_value",)),

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..attention_layout import AttentionLayout
+from ..block_layout import BlockLayout
 from ..errors import Int4Error
 from ..folding import ScaleFold
 
@@ -27,6 +28,7 @@ class Family:
             call. The names are relative to a module that holds them; a module without them is passed over.
         not_shared_beside: names of modules that, beside such linears, give them different inputs.
         attention: where attention modules keep what fused attention needs; None leaves them alone.
+        blocks: what decoder layers compute, one entry for each kind of them; others are left alone.
         folds: scales that recipes may move between modules; they are checked on data before they are used.
         head: path of the projection onto the vocabulary in a model that has no `get_output_embeddings()`.
     """
@@ -34,6 +36,7 @@ class Family:
     shared_inputs: tuple[tuple[str, ...], ...] = ()
     not_shared_beside: tuple[str, ...] = ()
     attention: AttentionLayout | None = None
+    blocks: tuple[BlockLayout, ...] = ()
     folds: tuple[ScaleFold, ...] = ()
     head: str = "lm_head"
 

@@ -1,3 +1,11 @@
-"""Gemma: linears and attention as in Llama."""
+"""Gemma: linears and attention as in Llama, norms that multiply by 1 + weight."""
 
-from .llama import FAMILY as FAMILY
+import dataclasses
+
+from ..block_layout import BlockLayout
+from . import llama
+
+FAMILY = dataclasses.replace(
+    llama.FAMILY,
+    blocks=(BlockLayout((*llama.FORWARDS[:2], "2dad5f5760750e09"), eps="eps", norm_offset=1.0),),
+)

@@ -1,8 +1,23 @@
 """GPT-NeoX and Pythia: one linear for query, key and value of each head, a rotation of some features only."""
 
+import dataclasses
+
 from ..attention_layout import AttentionLayout
+from ..block_layout import BlockLayout
 from ..folding import ScaleFold
 from .families import Family
+
+SERIAL = BlockLayout(
+    ("5ae6fa9dbe03cb0f", "07bca05e110aca0f", None),
+    when=(("use_parallel_residual", False),),
+    attention="attention",
+    gate=None,
+    up="dense_h_to_4h",
+    down="dense_4h_to_h",
+    activation="act",
+    norm="layer",
+    eps="eps",
+)
 
 FAMILY = Family(
     attention=AttentionLayout(
@@ -11,6 +26,7 @@ FAMILY = Family(
         cache="layer_past",
         head_dim="head_size",
     ),
+    blocks=(SERIAL, dataclasses.replace(SERIAL, when=(("use_parallel_residual", True),), parallel=True)),
     folds=(
         ScaleFold("input_layernorm", ("attention.query_key_value",)),
         ScaleFold("post_attention_layernorm", ("mlp.dense_h_to_4h",)),

@@ -1,3 +1,7 @@
-"""Granite: as Llama, with a scale of its own."""
+"""Granite: as Llama, with a scale of its own, and factors on what is added to the residual."""
 
-from .llama import FAMILY as FAMILY
+import dataclasses
+
+from . import llama
+
+FAMILY = dataclasses.replace(llama.FAMILY, blocks=())

@@ -1,8 +1,11 @@
 """Llama, Llama-2, Llama-3, and models that say they are of type "llama", such as SmolLM2."""
 
 from ..attention_layout import AttentionLayout
+from ..block_layout import BlockLayout
 from ..folding import ScaleFold
 from .families import Family
+
+FORWARDS = ("1a8125909341e389", "7d2027d4464e3e71", "9635bcd843f309a0")  # decoder layer, MLP, RMSNorm
 
 FOLDS = (
     ScaleFold("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
@@ -15,5 +18,6 @@ FOLDS = (
 FAMILY = Family(
     shared_inputs=(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
     attention=AttentionLayout(),
+    blocks=(BlockLayout(FORWARDS),),
     folds=FOLDS,
 )

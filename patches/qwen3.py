@@ -1,11 +1,8 @@
 """Qwen3: as Llama, with a norm on each head of query and key."""
 
-from ..attention_layout import AttentionLayout
-from .families import Family
-from .llama import FOLDS
+import dataclasses
 
-FAMILY = Family(
-    shared_inputs=(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
-    attention=AttentionLayout(norms=("q_norm", "k_norm")),
-    folds=FOLDS,
-)
+from ..attention_layout import AttentionLayout
+from . import llama
+
+FAMILY = dataclasses.replace(llama.FAMILY, attention=AttentionLayout(norms=("q_norm", "k_norm")))

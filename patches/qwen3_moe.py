@@ -1,3 +1,7 @@
 """Qwen3-MoE: attention as in Qwen3."""
 
-from .qwen3 import FAMILY as FAMILY
+import dataclasses
+
+from . import qwen3
+
+FAMILY = dataclasses.replace(qwen3.FAMILY, blocks=())

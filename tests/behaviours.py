@@ -57,7 +57,7 @@ def behaviour(title, outcome=FUSED, *, refused=None, why="", counted=True):
                 return
             with Calls() as calls:
                 test(patched, reference, **parameters)
-            assert (calls.counts["attention"] > 0) == (outcome == FUSED)
+            assert (calls.attended > 0) == (outcome == FUSED)
 
         own = [p for p in inner.values() if p.name not in ("patched", "reference")]
         name = inspect.Parameter("name", inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -67,6 +67,10 @@ FUSED = [*FAMILIES, *VARIANTS]
 ALL = [*FUSED, *GENERIC]
 
 
+def family_of(name):
+    return VARIANTS[name][0] if name in VARIANTS else name if name in FAMILIES else "generic"
+
+
 def decoder(name, dtype=torch.float32):
     """A model whose every parameter matters."""
     family, fields = VARIANTS.get(name, (name, {**OF_FAMILY.get(name, {}), **GENERIC.get(name, {})}))
@@ -105,6 +109,11 @@ class Calls(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.counts = Counter()
+
+    @property
+    def attended(self):
+        """Layers whose attention ran in our operators."""
+        return self.counts["attention"] + self.counts["decoder_layer"]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "torch_int4":

@@ -65,7 +65,7 @@ def test_adapters_do_what_they_do_on_float_linears(name, options):
     with torch.no_grad(), Calls() as calls:
         sequences = [m.generate(input_ids=prompt(), max_new_tokens=6, do_sample=False) for m in models]
     assert torch.equal(*sequences)
-    assert calls.counts["attention"] == 2 * 6  # adapters leave the attention fused
+    assert calls.attended == 2 * 6  # adapters leave the attention fused
     gradients = []
     for model in models:
         model.train()
@@ -152,7 +152,7 @@ def test_merged_weights_are_those_of_the_sum(name, kind):
     assert not any(isinstance(m, Int4LoraLinear) for m in merged.modules())
     with Calls() as calls:
         got = logits(merged)
-    assert calls.counts["attention"] == 2
+    assert calls.attended == 2
     want = patch(adapted(reference).merge_and_unload(), compute="fp32", kv_cache="fp32", **KINDS[kind])
     assert_near(got, logits(want), 2e-3)
     assert_near(got, unmerged, 0.6)  # 4 bits for random weights

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from decoders import FAMILIES, FUSED, GENERIC, Calls, assert_near, decoder, pair, prompt
+from decoders import FAMILIES, FUSED, GENERIC, Calls, assert_near, decoder, family_of, pair, prompt
 
 from torch_int4 import patch
 from torch_int4.attention import FusedAttention
@@ -24,7 +24,7 @@ def test_a_family_is_data_about_modules_that_exist(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "linears", "others"),
+    ("name", "linears", "others"),  # where no layer is fused as a whole
     [
         ("llama", [3, 2], 2),  # q k v, gate up; o, down
         ("qwen3", [3, 2], 2),
@@ -37,7 +37,8 @@ def test_a_family_is_data_about_modules_that_exist(name):
     ],
 )
 def test_linears_with_one_input_are_one_call(name, linears, others):
-    patched, _ = pair(name, head="float")
+    family = dataclasses.replace(families.resolve(family_of(name)), blocks=())
+    patched, _ = pair(name, head="float", family=family)
     assert patched.torch_int4_report.merged == 2 * len(linears)
     with torch.no_grad(), Calls() as calls:
         patched(prompt())
@@ -78,7 +79,7 @@ def test_the_implementation_that_was_loaded_does_not_matter(name, loaded):
     mask[0, :4] = 0
     with torch.no_grad(), Calls() as calls:
         got = patched(prompt(), attention_mask=mask).logits[mask.bool()]
-    assert calls.counts["attention"] == 2
+    assert calls.attended == 2
     with torch.no_grad():
         assert_near(got, reference(prompt(), attention_mask=mask).logits[mask.bool()], 2e-3)
 
@@ -107,7 +108,7 @@ def test_unexpected_arguments_go_to_the_stock_module():
     for options in ({"is_causal": False}, {"something": 3}, {"attention_mask": torch.ones(1, 4)[:, None, None] > 0}):
         with torch.no_grad(), Calls() as calls:
             got = attention(hidden, position_embeddings=tables, **{"attention_mask": None, **options})[0]
-            served = calls.counts["attention"]
+            served = calls.attended
             want = stock(hidden, position_embeddings=tables, **{"attention_mask": None, **options})[0]
         assert served == ("attention_mask" in options)
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)

@@ -4,6 +4,7 @@ from importlib import metadata as _metadata
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
+from torch_int4 import harness_hook as _harness_hook
 from torch_int4.autotune import autotune
 from torch_int4.calibration import Calibration
 from torch_int4.config import Int4Config
@@ -16,6 +17,8 @@ from torch_int4.weight import Int4Weight
 
 if _TYPE_CHECKING:
     from torch_int4.cache import Int4Cache
+
+_harness_hook.install()
 
 __version__ = _metadata.version("torch-int4")
 __all__ = [

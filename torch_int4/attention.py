@@ -6,6 +6,7 @@ caches of other kinds, other devices. Both paths may take turns on one cache.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from torch_int4.attention_layout import AttentionLayout
 from torch_int4.cache import Int4Cache
+from torch_int4.calls import call
 from torch_int4.subclass import Mixin
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,30 +56,69 @@ class FusedAttention(StockAttention):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """`[batch, tokens, features]` to the same, and None for the attention weights; or what the stock one gives."""
+        if args or not self.serves(hidden_states, kwargs):
+            return super().forward(hidden_states, *args, **kwargs)
+        layout = self.torch_int4_data
+        outputs = [getattr(self, name)(hidden_states) for name in layout.linears]
+        output = self.attend_heads(*self.split_heads(outputs), kwargs)
+        return getattr(self, layout.output)(output), None
+
+    def serves(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
+        """Whether the operators give what the stock module would for these arguments of `forward`."""
+        layout = self.torch_int4_data
+        return _is_served(self, layout, hidden_states, kwargs.get("attention_mask"), kwargs.get(layout.cache), kwargs)
+
+    def split_heads(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, `[batch, tokens, their heads, head size]`, of what the projections gave."""
+        layout = self.torch_int4_data
+        size, places = getattr(self, layout.head_dim), outputs[0].shape[:2]
+        if len(outputs) > 1:
+            query, key, value = (y.view(*places, -1, size) for y in outputs)
+        else:
+            grouped = outputs[0].view(*places, _kv_heads(self, layout), -1, size)
+            query, key, value = grouped[..., :-2, :].flatten(2, 3), grouped[..., -2, :], grouped[..., -1, :]
+        return query, key, value
+
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return _kv_heads(self, self.torch_int4_data)
+
+    def rotation(self, kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None, dict[str, Any]]:
+        """Cosines and sines `[batch or 1, tokens, rotated features or half of them]`, and how they rotate."""
+        layout = self.torch_int4_data
+        cos, sin = _rotation(self, layout, kwargs)
+        dim = 0 if cos is None else cos.shape[-1] * (1 if layout.positions is None else 2)
+        return cos, sin, {"rotary_dim": dim, "interleaved": layout.interleaved}
+
+    def scoring(self) -> dict[str, float]:
+        """What becomes of the products of queries and keys."""
+        layout = self.torch_int4_data
+        return {"scale": _scale(self, layout), "softcap": _softcap(self, layout)}
+
+    def attend_heads(self, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """What the output projection gets, `[batch, tokens, features]`.
+
+        Args:
+            query: as it was projected, `[batch, tokens, heads, head size]`, as are key and value with their heads.
+            kwargs: arguments of `forward`, which `serves` has seen.
+        """
         layout = self.torch_int4_data
         cache, mask = kwargs.get(layout.cache), kwargs.get("attention_mask")
-        if args or not _is_served(self, layout, hidden_states, mask, cache, kwargs):
-            return super().forward(hidden_states, *args, **kwargs)
-        query, key, value = _project(self, layout, hidden_states)
-        cos, sin = _rotation(self, layout, kwargs)
-        rotary: dict[str, Any] = {
-            "rotary_dim": 0 if cos is None else _rotary_dim(layout, cos),
-            "interleaved": layout.interleaved,
-        }
-        options = {"scale": _scale(self, layout), "softcap": _softcap(self, layout)}
+        if layout.norms is not None:
+            query, key = getattr(self, layout.norms[0])(query), getattr(self, layout.norms[1])(key)
+        cos, sin, rotary = self.rotation(kwargs)
+        options = self.scoring()
         if isinstance(cache, Int4Cache):
             layer = cache.layer(self.layer_idx)  # type: ignore[attr-defined]
             query = layer.append(query, key, value, cos, sin, **rotary)
-            output = layer.attend(query, mask, **options)
-        else:
-            query, key, value = _rotate(query, key, value, cos, sin, rotary)
-            if cache is not None:
-                if layout.repeats_kv and getattr(self, layout.repeats_kv):
-                    repeats = query.shape[2] // key.shape[1]
-                    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
-                key, value = cache.update(key, value, self.layer_idx)  # type: ignore[attr-defined]
-            output = attend(query, key, value, mask, causal=True, **options)
-        return getattr(self, layout.output)(output.flatten(2)), None
+            return layer.attend(query, mask, **options).flatten(2)
+        query, key, value = _rotate(query, key, value, cos, sin, rotary)
+        if cache is not None:
+            if layout.repeats_kv and getattr(self, layout.repeats_kv):
+                repeats = query.shape[2] // key.shape[1]
+                key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+            key, value = cache.update(key, value, self.layer_idx)  # type: ignore[attr-defined]
+        return attend(query, key, value, mask, causal=True, **options).flatten(2)
 
     def extra_repr(self) -> str:
         """What `print(model)` adds."""
@@ -102,9 +143,21 @@ def attend(
     if causal and key.shape[2] > tokens:  # the first tokens in a cache of fixed size, whose other places are empty
         key, value = key[:, :, :tokens], value[:, :, :tokens]
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
-    return torch.ops.torch_int4.attention(
-        query, key, value, None, None, None, mask, None, scale=scale, causal=causal, softcap=softcap
+    output: Tensor = call(
+        torch.ops.torch_int4.attention.default,
+        query,
+        key,
+        value,
+        None,
+        None,
+        None,
+        mask,
+        None,
+        scale=scale,
+        causal=causal,
+        softcap=softcap,
     )
+    return output
 
 
 def is_mask(mask: Any) -> bool:
@@ -123,13 +176,14 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _is_served(module: Any, layout: AttentionLayout, x: Tensor, mask: Any, cache: Any, kwargs: dict[str, Any]) -> bool:
     """Whether the operators give what the stock module would."""
-    if module.training or x.dim() != 3 or x.dtype not in FLOATS or x.device.type != "cpu":
+    if module.training or x.dim() != 3 or x.dtype not in FLOATS or not x.is_cpu:
         return False
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters())):
         return False
     if kwargs.get("output_attentions") or not is_mask(mask) or (mask is None and not module.is_causal):
         return False
-    if module.config._attn_implementation != layout.implementation:  # the user chose another one since
+    # The user chose another one since; a config takes a microsecond for each attribute that it is asked for.
+    if vars(module.config)["_attn_implementation_internal"] != layout.implementation:
         return False
     for name, value in kwargs.items():
         if name not in HARMLESS and value is not None and name != layout.unrotated:
@@ -154,29 +208,15 @@ def _has_rotation(module: Any, layout: AttentionLayout, kwargs: dict[str, Any]) 
 
 
 def _kv_heads(module: Any, layout: AttentionLayout) -> int:
-    """How many keys a single projection gives, besides as many values and all queries."""
-    assert isinstance(layout.projections, str)
-    heads = getattr(module, layout.projections).out_features // getattr(module, layout.head_dim)
-    return int(heads - module.config.num_attention_heads) // 2
-
-
-def _project(module: Any, layout: AttentionLayout, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value, `[batch, tokens, their heads, head size]`."""
+    """How many keys the projections give; a single one gives as many values and all queries besides."""
     size = getattr(module, layout.head_dim)
     if isinstance(layout.projections, str):
-        kv_heads = _kv_heads(module, layout)
-        together = getattr(module, layout.projections)(x)
-        grouped = together.view(*x.shape[:2], kv_heads, -1, size)
-        query, key, value = grouped[..., :-2, :].flatten(2, 3), grouped[..., -2, :], grouped[..., -1, :]
-    else:
-        query, key, value = (getattr(module, name)(x).view(*x.shape[:2], -1, size) for name in layout.projections)
-    if layout.norms is not None:
-        query, key = getattr(module, layout.norms[0])(query), getattr(module, layout.norms[1])(key)
-    return query, key, value
+        heads = module._modules[layout.projections].out_features // size
+        return int(heads - module.config.num_attention_heads) // 2
+    return int(module._modules[layout.projections[1]].out_features // size)
 
 
 def _rotation(module: Any, layout: AttentionLayout, kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-    """Cosines and sines, `[batch or 1, tokens, rotated features or half of them]`."""
     if layout.unrotated is not None and kwargs.get(layout.unrotated) is not None:
         return None, None
     if layout.positions is not None:
@@ -186,17 +226,26 @@ def _rotation(module: Any, layout: AttentionLayout, kwargs: dict[str, Any]) -> t
     return cos, sin
 
 
-def _rotary_dim(layout: AttentionLayout, cos: Tensor) -> int:
-    return cos.shape[-1] * (1 if layout.positions is None else 2)
-
-
 def _rotate(
     query: Tensor, key: Tensor, value: Tensor, cos: Tensor | None, sin: Tensor | None, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The rotated query `[batch, tokens, heads, size]`, and key and value with heads before tokens."""
     keys, values = (x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]) for x in (key, value))
     length = torch.zeros(1, dtype=torch.int64)
-    query = torch.ops.torch_int4.rotary_append(query, key, value, cos, sin, keys, values, None, None, length, **options)
+    query = call(
+        torch.ops.torch_int4.rotary_append.default,
+        query,
+        key,
+        value,
+        cos,
+        sin,
+        keys,
+        values,
+        None,
+        None,
+        length,
+        **options,
+    )
     return query, keys, values
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,17 @@ class AttentionLayout:
     implementation: str = "sdpa"
     interleaved: bool = False
 
-    @property
+    @cached_property
+    def linears(self) -> tuple[str, ...]:
+        """Names of the projections."""
+        return (self.projections,) if isinstance(self.projections, str) else self.projections
+
+    @cached_property
     def children(self) -> tuple[str, ...]:
         """Names of the modules that an attention module of this family holds."""
-        projections = (self.projections,) if isinstance(self.projections, str) else self.projections
-        return (*projections, self.output, *(self.norms or ()))
+        return (*self.linears, self.output, *(self.norms or ()))
 
-    @property
+    @cached_property
     def attributes(self) -> tuple[str, ...]:
         """Names of the attributes that it has."""
         names = (

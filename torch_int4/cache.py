@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from torch_int4.calls import call
 from torch_int4.config import KV_CACHES
 from torch_int4.errors import Int4Error
 from torch_int4.kv_storage import KVStorage
@@ -58,9 +59,9 @@ class Int4CacheLayer(KVStorage):
         if not self.is_initialized:
             self._allocate(key.transpose(1, 2), value.transpose(1, 2), self._resolve(key.dtype))
         tokens = key.shape[1]
-        if self.max_length is None and self._count + tokens > self.capacity:
-            self._grow(self._count + tokens)
-        query = torch.ops.torch_int4.rotary_append(
+        self._make_room(tokens)
+        query = call(
+            torch.ops.torch_int4.rotary_append.default,
             query,
             key,
             value,
@@ -74,9 +75,20 @@ class Int4CacheLayer(KVStorage):
             rotary_dim=rotary_dim,
             interleaved=interleaved,
         )
+        self.advance(tokens)
+        return query
+
+    def reserve(self, x: Tensor, kv_heads: int, head_size: int) -> None:
+        """Makes room for keys and values of x `[batch, tokens, features]`, which an operator then appends."""
+        if not self.is_initialized:
+            states = x.new_empty(1).expand(x.shape[0], kv_heads, x.shape[1], head_size)
+            self._allocate(states, states, self._resolve(x.dtype))
+        self._make_room(x.shape[1])
+
+    def advance(self, tokens: int) -> None:
+        """Counts tokens that an operator has appended."""
         if self.max_length is None:
             self._count += tokens
-        return query
 
     def attend(self, query: Tensor, mask: Tensor | None, *, scale: float, softcap: float = 0.0) -> Tensor:
         """Attention of the last tokens to all in the cache; causal where there is no mask.
@@ -85,7 +97,8 @@ class Int4CacheLayer(KVStorage):
             query: `[batch, tokens, heads, head size]`; the result has the same shape.
             mask: bool (True attends) or float (added), `[batch or 1, heads or 1, tokens or 1, >= length]`, or None.
         """
-        return torch.ops.torch_int4.attention(
+        output: Tensor = call(
+            torch.ops.torch_int4.attention.default,
             query,
             self.keys,
             self.values,
@@ -98,6 +111,7 @@ class Int4CacheLayer(KVStorage):
             causal=mask is None,
             softcap=softcap,
         )
+        return output
 
     def holds(self, kv_heads: int) -> bool:
         """Whether keys with this many heads can be appended."""

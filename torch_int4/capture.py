@@ -60,25 +60,22 @@ class Tape:
     def _capture(self, model: nn.Module, windows: Tensor) -> None:
         """States in front of the first block for all batches, and the arguments of all blocks.
 
-        Arguments that do not depend on the tokens are taken from one pass through the whole model per shape; where
-        a second one shows that they do, from a pass per batch.
+        Where the first block is given the same for other tokens, the arguments of all blocks are taken from one pass
+        through the model per batch size; else from a pass per batch.
         """
-        by_shape: dict[int, list[Any]] = {}
-        probes: dict[int, int] = {}
+        by_size: dict[int, list[Any]] = {}
         depends = False
         for span in self.spans:
             size = span.stop - span.start
-            full = depends or probes.get(size, 0) < (2 if size == self.spans[0].stop else 1)
-            states, calls = _record(model, self.blocks, windows[span], full=full)
+            states, calls = _record(model, self.blocks, windows[span], full=depends or size not in by_size)
+            if not depends and size in by_size and not _same(by_size[size][0], calls[0]):
+                depends = True
+                states, calls = _record(model, self.blocks, windows[span], full=True)
             if self.hidden.numel() == 0:
                 self.hidden = torch.empty(len(windows), *states.shape[1:], dtype=states.dtype)
             self.hidden[span] = states
-            if full:
-                if size in by_shape and not _same(by_shape[size], calls):
-                    depends = True
-                by_shape.setdefault(size, calls)
-                probes[size] = probes.get(size, 0) + 1
-            self.calls.append(calls if depends and full else by_shape[size])
+            by_size.setdefault(size, calls)
+            self.calls.append(calls if depends else by_size[size])
 
 
 def _record(model: nn.Module, blocks: list[nn.Module], ids: Tensor, *, full: bool) -> tuple[Tensor, list[Any]]:
@@ -101,6 +98,8 @@ def _record(model: nn.Module, blocks: list[nn.Module], ids: Tensor, *, full: boo
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         last[0] = first(output)
+        if len(calls) == len(blocks):
+            raise _StopForward  # the head over the vocabulary is not needed
 
     handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
     handles += [block.register_forward_hook(after) for block in blocks]

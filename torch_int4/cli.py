@@ -39,7 +39,7 @@ def _build() -> typer.Typer:
         if hasattr(module, "app"):  # a command with commands of its own
             cli.add_typer(module.app, name=name)
         else:
-            cli.command(name)(module.main)
+            cli.command(name, context_settings=getattr(module, "CONTEXT", None))(module.main)
     return cli
 
 

@@ -147,7 +147,7 @@ class Int4Config:
         Raises:
             Int4Error: the method is another one, a name is not a field, or a value is not accepted.
         """
-        values = dict(config_dict)
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in config_dict.items()}
         method = values.pop("quant_method", cls.quant_method)
         if method != cls.quant_method:
             raise Int4Error(f"quant_method must be {cls.quant_method!r}, got {method!r}")

@@ -65,7 +65,10 @@ class KVStorage(CacheLayerMixin):
         names = ("keys", "values", "key_scales", "value_scales")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
-    def _grow(self, needed: int) -> None:
+    def _make_room(self, tokens: int) -> None:
+        needed = self._count + tokens
+        if self.max_length is not None or needed <= self.capacity:
+            return
         capacity = _blocks(max(needed, self.capacity + self.capacity // 2))
         for name, old in self._tensors().items():
             with _writable():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_int4 import ops
+from torch_int4.calls import call
 from torch_int4.errors import Int4Error
 from torch_int4.weight import Int4Weight
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from torch_int4.merge import SharedInput
 
 COMPUTE = ("int8", "int8x2", "bf16", "fp32")
-_PACKED = ("packed", "packed_scales", "packed_offsets")
+PACKED = ("packed", "packed_scales", "packed_offsets")
 
 
 class Int4Linear(nn.Linear):
@@ -47,7 +48,7 @@ class Int4Linear(nn.Linear):
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias)
         self.register_parameter("bias", bias)
-        for name in _PACKED:
+        for name in PACKED:
             self.register_buffer(name, None, persistent=False)
         self.register_buffer("perm", None, persistent=False)
         self._pack(weight)
@@ -97,7 +98,7 @@ class Int4Linear(nn.Linear):
         module.compute_dtype, module._shared = dtype, None
         module.register_parameter("weight", None)
         module.register_parameter("bias", None)
-        for name, value in zip((*_PACKED, "perm"), tensors, strict=True):
+        for name, value in zip((*PACKED, "perm"), tensors, strict=True):
             module.register_buffer(name, value, persistent=False)
         return module
 
@@ -111,7 +112,8 @@ class Int4Linear(nn.Linear):
         """The product without the linears that share this input."""
         if x.shape[-1] != self.in_features:
             raise Int4Error(f"Int4Linear takes {self.in_features} features, but x has shape {tuple(x.shape)}")
-        return torch.ops.torch_int4.int4_linear(
+        y: Tensor = call(
+            torch.ops.torch_int4.int4_linear.default,
             x,
             self.packed,
             self.packed_scales,
@@ -123,6 +125,7 @@ class Int4Linear(nn.Linear):
             weight_type=self.weight_type,
             compute=self.compute,
         )
+        return y
 
     def to_weight(self) -> Int4Weight:
         """The canonical form, bit by bit as it was packed."""
@@ -196,11 +199,11 @@ class Int4Linear(nn.Linear):
 
     def packed_state(self) -> dict[str, Tensor | None]:
         """The packed tensors themselves, which `set_weight` replaces and never writes."""
-        return {name: self._buffers[name] for name in _PACKED}
+        return {name: self._buffers[name] for name in PACKED}
 
     def set_packed_state(self, state: dict[str, Tensor | None]) -> None:
         """Puts back what `packed_state` of this module was."""
-        for name in _PACKED:
+        for name in PACKED:
             self._buffers[name] = state[name]
 
     def extra_repr(self) -> str:
@@ -232,7 +235,7 @@ class Int4Linear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int4Linear:
         """`.to(dtype)`, `.half()` and the like concern activations: the scales keep the type they were packed in."""
-        before = {name: self._buffers[name] for name in _PACKED}
+        before = {name: self._buffers[name] for name in PACKED}
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = self._buffers[name]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torch_int4.calls import call
 from torch_int4.linear import Int4Linear
 
 
@@ -46,7 +47,8 @@ class SharedInput:
 
     def _run(self, x: Tensor) -> list[Tensor]:
         first = self.members[0]
-        outputs: list[Tensor] = torch.ops.torch_int4.int4_linears(
+        outputs: list[Tensor] = call(
+            torch.ops.torch_int4.int4_linears.default,
             x,
             [m.packed for m in self.members],
             [m.packed_scales for m in self.members],

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_int4 import _C, attention_ops  # noqa: F401  (registers the operators)
+from torch_int4 import _C, attention_ops, block_ops  # noqa: F401  (registers the operators)
 from torch_int4.errors import Int4Error
 
 PANEL_ROWS = 16

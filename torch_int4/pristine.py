@@ -68,7 +68,15 @@ def _load(model: Any) -> Any:
     attention = getattr(model.config, "_attn_implementation", None)
     if isinstance(attention, str):
         options["attn_implementation"] = attention
-    return type(model).from_pretrained(folder, **options)
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return type(model).from_pretrained(folder, **options)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _reload(model: Any) -> Any | None:

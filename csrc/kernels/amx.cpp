@@ -12,6 +12,7 @@ TI4_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,amx-tile
 
 #include "avx512_vnni_vectors.h"
 #include "loops_attention.h"
+#include "loops_block.h"
 #include "loops_float.h"
 #include "loops_quantize.h"
 
@@ -220,8 +221,8 @@ void amx_float(const PackedWeight& w, const FloatRows& a, int64_t first, int64_t
   else amx_bf16_typed<WeightType::kBook>(w, a, first, last, out);
 }
 
-IsaKernels kernels{"amx",  50, nullptr, loops_to_float<V>, loops_quantize<V>, amx_int8, amx_float, TI4_ATTENTION(V),
-                   nullptr};
+IsaKernels kernels{"amx",         50,     nullptr, loops_to_float<V>, loops_quantize<V>, amx_int8, amx_float,
+                   TI4_SHARED(V), nullptr};
 
 }  // namespace
 }  // namespace torch_int4

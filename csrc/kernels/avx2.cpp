@@ -12,6 +12,7 @@ TI4_TARGET("avx2,fma,f16c")
 
 #include "avx2_vectors.h"
 #include "loops_attention.h"
+#include "loops_block.h"
 #include "loops_float.h"
 #include "loops_quantize.h"
 #include "planes.h"

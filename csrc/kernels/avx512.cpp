@@ -10,6 +10,7 @@ TI4_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 
 #include "avx512_vectors.h"
 #include "loops_attention.h"
+#include "loops_block.h"
 #include "loops_float.h"
 #include "loops_quantize.h"
 #include "planes.h"

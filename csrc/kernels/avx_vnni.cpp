@@ -11,6 +11,7 @@ TI4_TARGET("avx2,fma,f16c,avxvnni")
 #include "avx2_vectors.h"
 #include "loops.h"
 #include "loops_attention.h"
+#include "loops_block.h"
 #include "loops_float.h"
 #include "loops_quantize.h"
 

@@ -14,18 +14,12 @@ namespace {
 
 // The table of a kernel file whose vectors are V, and its registration; the latter stands outside the target region,
 // because it runs on every processor.
-#define TI4_KERNELS(name, rank, V) \
-  {name,                           \
-   rank,                           \
-   nullptr,                        \
-   loops_to_float<V>,              \
-   loops_quantize<V>,              \
-   loops_linear_int8<V>,           \
-   loops_linear_float<V>,          \
-   TI4_ATTENTION(V),               \
-   nullptr}
+#define TI4_KERNELS(name, rank, V)                                                                                    \
+  {name,          rank,   nullptr, loops_to_float<V>, loops_quantize<V>, loops_linear_int8<V>, loops_linear_float<V>, \
+   TI4_SHARED(V), nullptr}
 // The part of the table that no instruction set has its own version of.
-#define TI4_ATTENTION(V) loops_from_float<V>, loops_rotate<V>, loops_attend_few<V>, loops_attend_many<V>
+#define TI4_SHARED(V) \
+  loops_from_float<V>, loops_rotate<V>, loops_attend_few<V>, loops_attend_many<V>, loops_normalize<V>, loops_gate<V>
 #define TI4_REGISTER(condition)                                                                         \
   namespace torch_int4 {                                                                                \
   namespace {                                                                                           \
@@ -52,6 +46,18 @@ constexpr int largest_power_of_two(int n) { return n < 2 ? n : 2 * largest_power
 constexpr int kStreams = 4;     // panels, far apart, that small M reads at once
 constexpr int kRowBlock = 128;  // rows of x per pass over a panel: they fit L2, their sums (8 KiB) fit L1
 
+// Rounds y to the type of the output and adds the residual.
+template <class V>
+TI4_INLINE void store_sum(const Output& out, int64_t element, typename V::F y) {
+  const int64_t byte = element * element_bytes(out.dtype);
+  char* target = static_cast<char*>(out.data) + byte;
+  if (out.residual) {
+    if (out.dtype != DType::kF32) V::store_as(target, out.dtype, y), y = V::load_as(target, out.dtype);
+    y = V::add(V::load_as(static_cast<const char*>(out.residual) + byte, out.dtype), y);
+  }
+  V::store_as(target, out.dtype, y);
+}
+
 // Sums the `terms` rows of each output, adds the bias and writes the columns of one panel; `row` counts input rows.
 template <class V>
 TI4_INLINE void store_rows(const float* c, int rows, int64_t row, int64_t panel, int64_t out_features,
@@ -66,12 +72,12 @@ TI4_INLINE void store_rows(const float* c, int rows, int64_t row, int64_t panel,
     if (out.bias) y = V::add(y, V::load(bias));
     const int64_t element = (row + i) / out.terms * out.stride + column;
     if (columns == kPanelRows) {
-      V::store_as(static_cast<char*>(out.data) + element * element_bytes(out.dtype), out.dtype, y);
+      store_sum<V>(out, element, y);
       continue;
     }
     alignas(64) float tail[kPanelRows];
     V::store(tail, y);
-    for (int n = 0; n < columns; ++n) store_element(out.data, out.dtype, element + n, tail[n]);
+    for (int n = 0; n < columns; ++n) store_output(out, element + n, tail[n]);
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include "../kernel.h"
 #include "reference_attention.h"
+#include "reference_block.h"
 #include "scalar.h"
 
 namespace torch_int4 {
@@ -108,7 +109,7 @@ void for_each_output(const PackedWeight& w, int64_t rows, int64_t first, int64_t
       float y = dot(row, n / kPanelRows, int(n % kPanelRows));
       for (int t = 1; t < out.terms; ++t) y += dot(row + t, n / kPanelRows, int(n % kPanelRows));
       if (out.bias) y += out.bias[n];
-      store_element(out.data, out.dtype, row / out.terms * out.stride + n, y);
+      store_output(out, row / out.terms * out.stride + n, y);
     }
   }
 }
@@ -126,8 +127,8 @@ void linear_float(const PackedWeight& w, const FloatRows& a, int64_t first, int6
 
 bool supported(const CpuFeatures&) { return true; }
 
-IsaKernels kernels{"reference",  0,          supported, to_float, quantize, linear_int8,
-                   linear_float, from_float, rotate,    attend,   attend,   nullptr};
+IsaKernels kernels{"reference", 0,      supported, to_float, quantize,  linear_int8, linear_float,
+                   from_float,  rotate, attend,    attend,   normalize, gate,        nullptr};
 [[maybe_unused]] const bool registered = register_kernels(&kernels);
 
 }  // namespace

@@ -58,6 +58,16 @@ inline void store_element(void* target, DType dtype, int64_t i, float x) {
   else static_cast<uint16_t*>(target)[i] = dtype == DType::kF16 ? to_half(x) : to_bfloat16(x);
 }
 
+inline float round_to(DType dtype, float x) {
+  return dtype == DType::kF32 ? x : dtype == DType::kF16 ? from_half(to_half(x)) : from_bfloat16(to_bfloat16(x));
+}
+
+// An element of the output, after the residual was added to what it is rounded to.
+inline void store_output(const Output& out, int64_t i, float y) {
+  if (out.residual) y = load_element(out.residual, out.dtype, i) + round_to(out.dtype, y);
+  store_element(out.data, out.dtype, i, y);
+}
+
 // Blocks of x whose largest magnitude is below this count as zero, so that the inverse scale cannot overflow.
 constexpr float kTinyBlock = 0x1p-100f;
 

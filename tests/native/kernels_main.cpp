@@ -33,13 +33,17 @@ struct Case {
   Data data;
   ScaleType scale_type;
   bool perm;
+  int norm = 0;  // none, RMS, RMS with an offset, layer
+  bool residual = false;
 };
 
 std::string describe(const Case& c) {
   char text[200];
-  snprintf(text, sizeof text, "M=%d N=%d K=%d group=%d type=%d offset=%d compute=%d dtype=%d data=%d scales=%d perm=%d",
+  snprintf(text, sizeof text,
+           "M=%d N=%d K=%d group=%d type=%d offset=%d compute=%d dtype=%d data=%d scales=%d perm=%d "
+           "norm=%d residual=%d",
            int(c.rows), int(c.out_features), int(c.in_features), int(c.group), int(c.type), int(c.offset),
-           int(c.compute), int(c.dtype), int(c.data), int(c.scale_type), c.perm);
+           int(c.compute), int(c.dtype), int(c.data), int(c.scale_type), c.perm, c.norm, c.residual);
   return text;
 }
 
@@ -81,6 +85,9 @@ class Problem {
         bias_(size_t(c.out_features * 4), at_end),
         perm_(size_t(c.in_features * 8), at_end),
         x_(size_t(c.rows * c.in_features * bytes_), at_end),
+        norm_weight_(size_t(c.in_features * 4), at_end),
+        norm_bias_(size_t(c.in_features * 4), at_end),
+        residual_(size_t(c.rows * c.out_features * bytes_), at_end),
         y_(size_t(c.rows * c.out_features * bytes_), at_end) {
     fill();
   }
@@ -88,9 +95,18 @@ class Problem {
   std::vector<char> run(int64_t first_row, int64_t rows) {
     char* y = y_.as<char>();
     memset(y, 0xee, size_t(rows * case_.out_features * bytes_));
-    const Input input{x_.as<char>() + first_row * case_.in_features * bytes_, case_.dtype, rows,
-                      case_.perm ? perm_.as<int64_t>() : nullptr};
-    const Output output{y, case_.dtype, case_.out_features, bias_.as<float>(), 1};
+    Input input{x_.as<char>() + first_row * case_.in_features * bytes_, case_.dtype, rows,
+                case_.perm ? perm_.as<int64_t>() : nullptr};
+    const bool layer = case_.norm == 3;
+    const RowNorm norm{layer ? Norm::kLayer : Norm::kRms,
+                       case_.dtype,
+                       1e-5f,
+                       case_.norm == 2 ? 1.f : 0.f,
+                       norm_weight_.as<float>(),
+                       layer ? norm_bias_.as<float>() : nullptr};
+    if (case_.norm) input.norm = &norm;
+    Output output{y, case_.dtype, case_.out_features, bias_.as<float>(), 1};
+    if (case_.residual) output.residual = residual_.as<char>() + first_row * case_.out_features * bytes_;
     // Two uneven parts, as two threads would get them.
     const auto parallel = [](int64_t count, int64_t, ParallelBody body, void* context) {
       body(context, 0, count / 3);
@@ -127,6 +143,11 @@ class Problem {
     w_.scales = scales_.as<char>();
     w_.offsets = w_.offset == Offset::kSymmetric ? nullptr : offsets_.as<char>();
     for (int64_t n = 0; n < w_.out_features; ++n) bias_.as<float>()[n] = random.normal();
+    for (int64_t i = 0; i < case_.rows * w_.out_features; ++i) {
+      store_element(residual_.as<char>(), case_.dtype, i, random.normal());
+    }
+    for (int64_t k = 0; k < w_.in_features; ++k) norm_weight_.as<float>()[k] = random.normal();
+    for (int64_t k = 0; k < w_.in_features; ++k) norm_bias_.as<float>()[k] = random.normal();
     for (int64_t k = 0; k < w_.in_features; ++k) perm_.as<int64_t>()[k] = w_.in_features - 1 - k;
     for (int64_t row = 0; row < case_.rows; ++row) {
       for (int64_t k = 0; k < w_.in_features; ++k) {
@@ -138,7 +159,7 @@ class Problem {
   Case case_;
   PackedWeight w_;
   int64_t parameters_, bytes_;
-  Guarded codes_, scales_, offsets_, bias_, perm_, x_, y_;
+  Guarded codes_, scales_, offsets_, bias_, perm_, x_, norm_weight_, norm_bias_, residual_, y_;
 };
 
 // NaN payloads may differ between instruction sets; everything else must not.
@@ -184,6 +205,39 @@ void run_case(const Case& c, const std::vector<std::string>& sets) {
   }
 }
 
+// act(gate) * up against the reference, whose exponentials are those of the C library.
+void run_gates() {
+  for (int turn = 0; turn < 3 * 3 * 2 * 6; ++turn) {
+    const auto activation = Activation(turn % 3);
+    const auto dtype = DType(turn / 3 % 3);
+    const int64_t counts[] = {1, 15, 16, 17, 33, 100}, count = counts[turn / 18];
+    Guarded a(size_t(count) * 4, turn / 9 % 2), b(size_t(count) * 4, turn / 9 % 2);
+    std::vector<float> expected;
+    for (const auto& set : kernel_names(true)) {
+      select_kernels(set);
+      Random random;
+      for (int64_t i = 0; i < count; ++i) {
+        a.as<float>()[i] = round_to(dtype, random.normal() * (i % 5 == 4 ? 40.f : 2.f));
+        b.as<float>()[i] = round_to(dtype, random.normal());
+      }
+      if (count > 15) a.as<float>()[14] = NAN;
+      const bool alone = turn % 7 == 6;
+      active_kernels().gate(a.as<float>(), alone ? nullptr : b.as<float>(), count, activation, dtype);
+      const float* y = a.as<float>();
+      if (expected.empty()) expected.assign(y, y + count);
+      bool ok = true;
+      const float step = dtype == DType::kF32 ? 1e-6f : dtype == DType::kF16 ? 2e-3f : 2e-2f;
+      for (int64_t i = 0; i < count; ++i) {
+        const bool both_nan = isnan(y[i]) && isnan(expected[size_t(i)]);
+        ok = ok && (both_nan || fabsf(y[i] - expected[size_t(i)]) <= step * (1.f + fabsf(expected[size_t(i)])));
+      }
+      ok ? ++passed : ++failures;
+      if (!ok)
+        printf("FAILED %s: gate of %d, activation %d, dtype %d\n", set.c_str(), int(count), turn % 3, int(dtype));
+    }
+  }
+}
+
 enum class Size { kAll, kSmall, kTiny, kNone };
 
 std::vector<Case> cases(Size extent) {
@@ -204,12 +258,12 @@ std::vector<Case> cases(Size extent) {
             const auto* size = sizes[size_t(turn) % (small ? 6 : 8)];
             all.push_back({rows[size_t(turn * 7 + turn / 17) % rows.size()], size[0], size[1], group, WeightType(type),
                            Offset(offset), Compute(compute), DType(turn % 3), Data::kRandom,
-                           ScaleType(turn % (can_be_e8m0 ? 3 : 2)), turn % 5 == 4});
+                           ScaleType(turn % (can_be_e8m0 ? 3 : 2)), turn % 5 == 4, turn % 4, turn % 7 < 3});
           }
           all.push_back({compute + 4, 33, 160, group, WeightType(type), Offset(offset), Compute(compute), DType::kF32,
-                         Data::kNotFinite, ScaleType::kF16, false});
+                         Data::kNotFinite, ScaleType::kF16, false, turn % 4, compute % 2 == 1});
           all.push_back({1 + turn % 6, 48, 1100, group, WeightType(type), Offset(offset), Compute(compute), DType::kF32,
-                         Data::kExtremes, ScaleType::kF16, false});
+                         Data::kExtremes, ScaleType::kF16, false, turn % 4, compute % 2 == 0});
         }
       }
     }
@@ -242,6 +296,7 @@ int main(int argc, char** argv) {
   for (const Case& c : cases(extent)) {
     if (extent != Size::kTiny || turn++ % 5 == 0) run_case(c, sets);
   }
+  run_gates();
   printf("%d passed, %d failed\n", passed, failures);
   return failures != 0;
 }

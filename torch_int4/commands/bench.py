@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
+from torch_int4.commands import _bench_generate
+
 app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
+app.command()(_bench_generate.generate)
 
 
 @app.callback()

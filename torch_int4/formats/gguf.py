@@ -39,6 +39,34 @@ BLOCKS = {
 }
 
 
+class GgufBlocks(nn.Module):
+    """A linear that keeps the blocks of a GGUF tensor until `patch` packs them.
+
+    Attributes:
+        weight: uint8 `[N, bytes per row]`.
+        kind: a type of `BLOCKS`.
+        bias: float `[N]`, or None.
+    """
+
+    weight: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(self, blocks: Tensor, kind: str, shape: tuple[int, ...], bias: Any = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.kind = kind
+        self.register_buffer("weight", blocks)
+        self.register_parameter("bias", bias if isinstance(bias, nn.Parameter) else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product with the expanded weight: slow, for what is left out of `patch`."""
+        shape = (self.out_features, self.in_features)
+        weight = FORMAT.read(
+            {"weight": self.weight}, Settings(layout=self.kind), shape=shape, name="weight"
+        ).dequantize()
+        return nn.functional.linear(x, weight.to(x.dtype), self.bias)
+
+
 class Gguf(Format):
     """One tensor is one linear: {"weight": uint8 [N, bytes per row]}, and `settings.layout` names its type."""
 
@@ -74,17 +102,19 @@ class Gguf(Format):
         return _checks.serve(weight, f"{name} ({settings.layout})")
 
     def holds(self, module: nn.Module) -> bool:
-        """transformers' `GgufLinear`, which keeps the blocks of the file."""
+        """`GgufBlocks`, and transformers' `GgufLinear`; both keep the blocks of the file."""
+        if isinstance(module, GgufBlocks):
+            return True
         known = type(module).__name__ == "GgufLinear" and type(module).__module__.startswith("transformers.")
         return known and isinstance(module.weight, Tensor) and module.weight.dtype == torch.uint8
 
     def convert_module(self, module: nn.Module, *, name: str) -> Int4Weight | None:
         """See `Format.convert_module`; None for types without a grid."""
-        if not self.holds(module) or _type_name(module.ggml_type, name) not in BLOCKS:
+        if not self.holds(module) or _kind_of(module, name) not in BLOCKS:
             return None
         weight: Any = module.weight
         _checks.on_cpu(weight, name)
-        settings = Settings(layout=_type_name(module.ggml_type, name))
+        settings = Settings(layout=_kind_of(module, name))
         shape = (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
         result = self.read({"weight": weight}, settings, shape=shape, name=name)
         order = getattr(module, "input_permutation", None)
@@ -93,13 +123,13 @@ class Gguf(Format):
         return result.validate(name)
 
     def dense_module(self, module: nn.Module, *, name: str) -> Tensor | None:
-        """fp32 `[N, K]` of a `GgufLinear`, whatever its type."""
+        """fp32 `[N, K]` of such a linear, whatever its type."""
         if not self.holds(module):
             return None
         weight, order = module.weight, getattr(module, "input_permutation", None)
         assert isinstance(weight, Tensor)
         shape = (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
-        values = dense(weight, _type_name(module.ggml_type, name), shape, name)
+        values = dense(weight, _kind_of(module, name), shape, name)
         if not isinstance(order, Tensor):
             return values
         ordered = torch.empty_like(values)
@@ -152,8 +182,10 @@ def require_gguf(name: str) -> Any:
     return gguf
 
 
-def _type_name(number: Any, name: str) -> str:
-    return str(require_gguf(name).GGMLQuantizationType(int(number)).name)
+def _kind_of(module: Any, name: str) -> str:
+    if isinstance(module, GgufBlocks):
+        return module.kind
+    return str(require_gguf(name).GGMLQuantizationType(int(module.ggml_type)).name)
 
 
 def _half(blocks: Tensor, at: int) -> Tensor:

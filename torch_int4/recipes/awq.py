@@ -22,6 +22,7 @@ from ._block import Block, Linear
 NEEDS_INPUTS = True
 ALONE: tuple[str, str, dict[str, Any]] = ("awq", "rtn", {"clip": True})
 STEPS = 20  # exponents that are tried, besides 0
+ROWS = 256  # about so many rows of each weight are rounded in the search, spread over all of them
 LEAST = 1e-4  # of a mean, relative to their largest: scales stay finite
 
 
@@ -64,7 +65,7 @@ def _error(linears: list[Linear], wide: Tensor | None, config: Int4Config) -> fl
     total = 0.0
     for linear in linears:
         assert linear.inputs is not None
-        weight = linear.weight.float()
+        weight = linear.weight[:: -(-linear.weight.shape[0] // ROWS)].float()
         scaled = weight if wide is None else weight * wide
         rounded = rtn.quantize(scaled, config, bits=linear.bits, name=linear.name).dequantize()
         difference = (rounded if wide is None else rounded / wide) - weight

@@ -1,0 +1,214 @@
+"""Shows a run of the whole-model bench: tables as text and markdown, JSON, and plots."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch_int4.evals import output
+
+from .generate import Result, Row
+
+HEADER = ("engine", "decode tok/s", "median", "x", "of read", "prefill tok/s", "weights MB", "loaded", "peak", "what")
+OURS = "torch_int4"
+BUSY, NOISY = 0.5, 1.3
+
+
+def table(result: Result) -> list[tuple[str, ...]]:
+    """A line for each engine that ran, in the order of HEADER."""
+    return [cells(row, result) for row in result.rows if row.decode]
+
+
+def cells(row: Row, result: Result) -> tuple[str, ...]:
+    """Speeds of the best and of the median round, times over this package's engine, memory in MB."""
+    best, median = row.decode_tps()
+    mine = next((other for other in result.rows if other.engine == OURS and other.decode), None)
+    times = "" if mine is None or mine is row else f"{mine.decode_tps()[1] / median:.2f}"
+    prefill = f"{result.plan.prefill / min(row.prefill):.0f}" if row.prefill else ""
+    return (
+        row.engine,
+        f"{best:.1f}",
+        f"{median:.1f}",
+        times,
+        f"{row.of_bandwidth(result.bandwidth):.0%}",
+        prefill,
+        f"{row.loaded.weight_bytes / 1e6:.0f}",
+        f"{row.loaded.resident / 1e6:.0f}",
+        f"{row.peak / 1e6:.0f}",
+        row.loaded.version,
+    )
+
+
+def batch_table(result: Result) -> tuple[list[str], list[list[str]]]:
+    """Tokens per second of all sequences together; the header and a line for each engine."""
+    header = ["engine", "1 sequence", *(f"{batch} sequences" for batch in result.plan.batches)]
+    rows = []
+    for row in result.rows:
+        if row.batches:
+            speeds = [f"{batch / min(taken):.1f}" for batch, taken in row.batches.items()]
+            rows.append([row.engine, f"{row.decode_tps()[0]:.1f}", *speeds, *[""] * (len(header) - 2 - len(speeds))])
+    return header, rows
+
+
+def context_table(result: Result) -> tuple[list[str], list[list[str]]]:
+    """Milliseconds of the median token by tokens in the cache."""
+    contexts = sorted(result.plan.contexts)
+    rows = []
+    for row in result.rows:
+        if row.contexts:
+            times = [row.contexts.get(length) for length in contexts]
+            rows.append([row.engine, *("" if t is None else f"{statistics.median(t) * 1e3:.2f}" for t in times)])
+    return ["ms a token at", *map(str, contexts)], rows
+
+
+def profile_table(result: Result) -> tuple[list[str], list[list[str]]]:
+    """Where the time of a token goes."""
+    found = result.profile
+    header = ["of a token", "calls", "ms", "share"]
+    if found is None:
+        return header, []
+    rows = [
+        [name, f"{calls:.0f}" if calls else "", f"{seconds * 1e3:.3f}", f"{seconds / found.token_s:.0%}"]
+        for name, calls, seconds in found.rows()
+    ]
+    return header, [*rows, ["a whole token, undisturbed", "", f"{found.token_s * 1e3:.3f}", ""]]
+
+
+def speculation_table(result: Result) -> tuple[list[str], list[list[str]]]:
+    """Decoding with guesses against plain decoding."""
+    header = ["decoding", "tok/s best", "median", "speed-up", "same tokens"]
+    return header, [
+        [
+            row.how,
+            f"{row.new_tokens / row.min_s:.1f}",
+            f"{row.new_tokens / row.median_s:.1f}",
+            f"{row.speedup:.2f}",
+            "yes" if row.same else "no",
+        ]
+        for row in result.speculation
+    ]
+
+
+def tables(result: Result) -> Iterator[tuple[Sequence[str], Sequence[Sequence[str]]]]:
+    """Every table that has lines."""
+    for header, rows in (
+        (HEADER, table(result)),
+        batch_table(result),
+        context_table(result),
+        profile_table(result),
+        speculation_table(result),
+    ):
+        if rows:
+            yield header, rows
+
+
+def lines(result: Result) -> Iterator[str]:
+    """Where and with what the figures were taken, whether they may be quoted, and who did not take part."""
+    machine = result.machine
+    yield (
+        f"{result.shape}: {machine['cpu']}, {machine['threads']} threads of {machine['cpus']} CPUs, load "
+        f"{machine['load']} before the run; torch_int4 {machine['version']}, torch {machine['torch']}; read "
+        f"bandwidth {result.bandwidth / 1e9:.1f} GB/s"
+    )
+    yield (
+        "x is this package's median speed over the engine's; of read is the time to read its weights once over "
+        "its median token; loaded and peak are resident MB after loading and while running"
+    )
+    noisy = [row.engine for row in result.rows if row.decode and _is_noisy(row)]
+    if machine["load"] > BUSY or noisy:
+        where = f"; rounds differ by over {NOISY} for {', '.join(noisy)}" if noisy else ""
+        yield f"note: other work runs here (load {machine['load']} before the run{where}): do not quote these figures"
+    for row in result.rows:
+        if row.failed:
+            yield f"{row.engine} failed: {row.failed}"
+    for name, why in result.left_out.items():
+        yield f"not compared: {name}: {why}"
+
+
+def _is_noisy(row: Row) -> bool:
+    return statistics.median(row.decode) > NOISY * min(row.decode)
+
+
+def markdown(result: Result) -> str:
+    """The whole report."""
+    parts = ["\n".join(f"- {line}" for line in lines(result))]
+    parts += [output.markdown_table(header, rows) for header, rows in tables(result)]
+    return "\n\n".join(parts) + "\n"
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    """Everything as plain data; seconds and bytes."""
+    data = asdict(result)
+    for row, entry in zip(result.rows, data["rows"], strict=True):
+        if row.decode:
+            best, median = row.decode_tps()
+            entry |= {"decode_tps": best, "decode_tps_median": median}
+            entry["of_bandwidth"] = row.of_bandwidth(result.bandwidth)
+    if result.profile is not None:
+        data["profile"]["rows"] = result.profile.rows()
+    return data
+
+
+def plot(results: Sequence[Result], path: str | Path) -> None:
+    """Bars of decode and prefill by engine, time against context, and against bytes of weights.
+
+    Raises:
+        Int4Error: if matplotlib is not installed.
+    """
+    from .report import require_matplotlib
+
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 9), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 2)
+    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(r.engine for s in results for r in s.rows))}
+    _bars(axes[0][0], results, colors, "decode tok/s", lambda row, result: row.decode_tps()[1])
+    _bars(axes[0][1], results, colors, "prefill tok/s", _prefill)
+    for result in results:
+        for row in result.rows:
+            if row.contexts:
+                times = [statistics.median(row.contexts[length]) * 1e3 for length in sorted(row.contexts)]
+                label = f"{row.engine}, {result.shape}"
+                axes[1][0].plot(sorted(row.contexts), times, "o-", color=colors[row.engine], label=label)
+            if row.decode:
+                size, seconds = row.loaded.weight_bytes / 1e9, statistics.median(row.decode) * 1e3
+                axes[1][1].scatter(size, seconds, color=colors[row.engine])
+    axes[1][0].set(xlabel="tokens in the cache", ylabel="ms a token")
+    axes[1][0].legend(fontsize=8) if axes[1][0].lines else axes[1][0].set_axis_off()
+    _limit(axes[1][1], results)
+    figure.suptitle(next(lines(results[0])).split(": ", 1)[1], fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+def _prefill(row: Row, result: Result) -> float:
+    return result.plan.prefill / min(row.prefill) if row.prefill else 0.0
+
+
+def _bars(axes: Any, results: Sequence[Result], colors: dict[str, str], title: str, value: Any) -> None:
+    entries = [
+        (f"{row.engine}\n{r.shape}", value(row, r), colors[row.engine]) for r in results for row in r.rows if row.decode
+    ]
+    names, values, shades = zip(*entries, strict=True)
+    bars = axes.barh(range(len(names)), values, color=shades)
+    axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_title(title, fontsize=10)
+
+
+def _limit(axes: Any, results: Sequence[Result]) -> None:
+    """The line that reading the weights draws."""
+    sizes = [row.loaded.weight_bytes / 1e9 for result in results for row in result.rows if row.decode]
+    bandwidth = max(result.bandwidth for result in results) / 1e9
+    ends = [min(sizes) * 0.8, max(sizes) * 1.2]
+    axes.plot(
+        ends, [size / bandwidth * 1e3 for size in ends], "--", color="gray", label=f"read at {bandwidth:.0f} GB/s"
+    )
+    axes.set(xscale="log", yscale="log", xlabel="GB of weights that a token reads", ylabel="ms a token")
+    axes.legend(fontsize=8)

@@ -1,0 +1,58 @@
+"""Memory for many small weights, next to each other: those of a layer then lie on a few pages of 2 MiB.
+
+Large weights get such pages where they are packed. Small ones by themselves are too short for one, and the reads of a
+decode step then stop at the end of every 4 KiB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from torch_int4.linear import PACKED, Int4Linear
+
+SMALL = 1 << 20  # bytes; what is larger has pages of its own
+LEAST = 1 << 20  # bytes; less is not worth moving
+SLAB = 32 << 20  # bytes of a piece of memory: more than this, and one weight, is never held twice
+LINE = 64  # bytes; weights begin at multiples of it
+
+_Place = tuple[Int4Linear, str, int]  # a buffer of a linear, and its bytes
+
+
+def gather(linears: Iterable[Int4Linear]) -> int:
+    """Moves the small packed weights of linears, in the given order, into shared memory; the bytes that were moved.
+
+    Each type has memory of its own: torch saves no storage that is read as two.
+    """
+    waiting: dict[torch.dtype, list[_Place]] = {}
+    moved = 0
+    for linear in linears:
+        for name in PACKED:
+            tensor = linear._buffers[name]
+            if tensor is None or tensor.nbytes >= SMALL or not tensor.is_cpu:
+                continue
+            places = waiting.setdefault(tensor.dtype, [])
+            places.append((linear, name, tensor.nbytes))
+            if sum(_padded(size) for _, _, size in places) >= SLAB:
+                moved += _move(waiting.pop(tensor.dtype))
+    return moved + sum(map(_move, waiting.values()))
+
+
+def _padded(size: int) -> int:
+    return -(-size // LINE) * LINE
+
+
+def _move(places: list[_Place]) -> int:
+    used = sum(_padded(size) for _, _, size in places)
+    if used < LEAST:
+        return 0
+    slab = torch.empty(used, dtype=torch.uint8)
+    torch.ops.torch_int4.advise_huge_pages(slab)
+    begin = 0
+    for linear, name, size in places:
+        old = linear._buffers[name]
+        assert old is not None
+        linear._buffers[name] = slab[begin : begin + size].view(old.dtype).view(old.shape).copy_(old)
+        begin += _padded(size)
+    return used
