@@ -66,7 +66,7 @@ def find_loadable(model: nn.Module, config: Int4Config) -> dict[str, int]:
         if _scan._reason_to_skip(module, called, places[module], config, module is head) is not None:
             continue
         if weight.dtype in _scan.FLOATS and len(users[id(weight)]) == 1 and computes_product(module):
-            found[name] = 4 if module is not head or config.head == "int4" else 8
+            found[name] = _scan.bits_of(called, config, module is head)
     return found
 
 

@@ -77,9 +77,7 @@ def find_targets(
     targets, skipped = [], []
     for module in names:
         name = names[module][0]
-        bits = 4 if module is not head or config.head == "int4" else 8
-        if match(config.int8, names[module]) is not None:
-            bits = 8
+        bits = bits_of(names[module], config, module is head)
         reason = _reason_to_skip(module, names[module], places[module], config, module is head)
         if reason is not None:
             skipped.append((name, reason))
@@ -88,6 +86,13 @@ def find_targets(
         targets.append(Target(names[module], places[module], module, bits))
     _mark_shared(model, targets)
     return targets, skipped
+
+
+def bits_of(names: list[str], config: Int4Config, is_head: bool) -> int:
+    """Bits that a linear of these names gets."""
+    if match(config.int8, names) is not None:
+        return 8
+    return 8 if is_head and config.head == "int8" else 4
 
 
 def _mark_shared(model: nn.Module, targets: list[Target]) -> None:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import Int4Error
+from ..formats._safetensors import open_safetensors
 
 
 class Source:
@@ -24,14 +25,14 @@ class Source:
         self.files = [os.fspath(file) for file in files]
         self._handles: dict[str, Any] = {}
         self._file: dict[str, str] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         for file in self.files:
-            with _named(file):
-                handle = self._handles[file] = _open(file)
-                keys = list(handle.keys())
-            for key in keys:
+            for key, entry in open_safetensors(file).entries.items():  # checks the header
                 if key in self._file:
                     raise Int4Error(f"{key}: is both in {self._file[key]} and in {file}; the checkpoint is damaged")
-                self._file[key] = file
+                self._file[key], self._shapes[key] = file, entry.shape
+            with _named(file):
+                self._handles[file] = _open(file)
 
     @staticmethod
     def serves(files: Sequence[Any] | None) -> bool:
@@ -50,7 +51,7 @@ class Source:
 
     def shape(self, key: str) -> tuple[int, ...]:
         """The shape that the header of the file states."""
-        return tuple(self._handles[self._file[key]].get_slice(key).get_shape())
+        return self._shapes[key]
 
     def read(self, key: str) -> Tensor:
         """A tensor, in memory of its own.

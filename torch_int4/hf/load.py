@@ -10,6 +10,7 @@ from typing import Any
 
 from ..config import OF_RUNNING, Int4Config, is_group_size
 from ..errors import Int4Error
+from ..formats._files import open_checkpoint
 
 OF_FETCHING = ("trust_remote_code", "revision", "subfolder", "token", "cache_dir", "local_files_only", "code_revision")
 
@@ -30,7 +31,8 @@ def from_pretrained(
     `skip` say otherwise.
 
     Args:
-        name_or_path: as for transformers' `from_pretrained`.
+        name_or_path: as for transformers' `from_pretrained`; or a file that ends in .gguf, whose blocks are taken over
+            (`hf/gguf.py`; then `options` are fields of `Int4Config` only).
         config: how to quantize a float checkpoint, and how to compute. For a quantized one only `compute`, `head`,
             `attention`, `kv_cache`, `embeddings` and `skip` may be given, and only as keywords.
         model_class: class to load with; transformers' `AutoModelForCausalLM` by default.
@@ -43,6 +45,10 @@ def from_pretrained(
     """
     from transformers import AutoModelForCausalLM
 
+    if os.fspath(name_or_path).endswith(".gguf"):
+        from .gguf import from_gguf
+
+        return from_gguf(name_or_path, config, model_class=model_class, **options)
     names = {field.name for field in fields(Int4Config)}
     ours = {key: options.pop(key) for key in list(options) if key in names}
     options = {"trust_remote_code": False, "use_safetensors": True, **options}
@@ -57,8 +63,16 @@ def from_pretrained(
                 "keywords, or load the float checkpoint"
             )
         model_config.quantization_config = _adopted(source, ours, str(name_or_path))
+    _check_files(name_or_path, options)
     loader = AutoModelForCausalLM if model_class is None else model_class
     return loader.from_pretrained(name_or_path, config=model_config, **options)
+
+
+def _check_files(name_or_path: str | os.PathLike[str], options: Mapping[str, Any]) -> None:
+    """Look at index and headers of a folder before anything is loaded from it."""
+    elsewhere = any(options.get(name) for name in ("subfolder", "variant", "gguf_file", "state_dict"))
+    if options["use_safetensors"] and not elsewhere and os.path.isdir(name_or_path):
+        open_checkpoint(os.fspath(name_or_path)).close()
 
 
 def load_config(name_or_path: str | os.PathLike[str], options: Mapping[str, Any]) -> Any:
