@@ -5,6 +5,7 @@ import pytest
 import torch
 from tiny_models import int4s, llama, logits
 
+import torch_int4
 from torch_int4 import Int4Error, patch
 from torch_int4.formats.gguf import GgufBlocks
 
@@ -88,7 +89,7 @@ def test_what_lies_on_no_grid_is_quantized_by_the_recipe(tmp_path):
 
 def test_a_float_head_stays(tmp_path):
     path = write(tmp_path / "model.gguf", llama(**SIZES), ["Q4_0"])
-    model = from_gguf(path, head="float")
+    model = torch_int4.from_pretrained(path, head="float")
     assert "lm_head" not in int4s(model)
 
 

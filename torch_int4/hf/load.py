@@ -31,7 +31,8 @@ def from_pretrained(
     `skip` say otherwise.
 
     Args:
-        name_or_path: as for transformers' `from_pretrained`.
+        name_or_path: as for transformers' `from_pretrained`; or a file that ends in .gguf, whose blocks are taken over
+            (`hf/gguf.py`; then `options` are fields of `Int4Config` only).
         config: how to quantize a float checkpoint, and how to compute. For a quantized one only `compute`, `head`,
             `attention`, `kv_cache`, `embeddings` and `skip` may be given, and only as keywords.
         model_class: class to load with; transformers' `AutoModelForCausalLM` by default.
@@ -44,6 +45,10 @@ def from_pretrained(
     """
     from transformers import AutoModelForCausalLM
 
+    if os.fspath(name_or_path).endswith(".gguf"):
+        from .gguf import from_gguf
+
+        return from_gguf(name_or_path, config, model_class=model_class, **options)
     names = {field.name for field in fields(Int4Config)}
     ours = {key: options.pop(key) for key in list(options) if key in names}
     options = {"trust_remote_code": False, "use_safetensors": True, **options}
