@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch_int4
+from torch_int4.config_text import pattern_fields, patterns
 from torch_int4.errors import Int4Error
 from torch_int4.harness_hook import NAME
 
@@ -70,7 +71,8 @@ class Int4LM(CpuLM):
         pretrained: what lm-eval's ``hf`` takes: a directory, a name on the hub, or a model. A model that is
             patched already, or was saved so, is used as it is.
         calibration: a text file for recipes that need one.
-        arguments: fields of `Int4Config` (``skip`` may join patterns by ``;``), and arguments of lm-eval's ``hf``.
+        arguments: fields of `Int4Config` (patterns of ``skip`` and ``int8`` are joined by ``;``), and arguments of
+            lm-eval's ``hf``.
 
     Raises:
         Int4Error: a field has a value that is not accepted, or the model is int4 already and a field is given.
@@ -79,8 +81,8 @@ class Int4LM(CpuLM):
     def __init__(self, pretrained: Any, *, calibration: str | None = None, **arguments: Any) -> None:
         names = {field.name for field in dataclasses.fields(torch_int4.Int4Config)}
         fields = {name: arguments.pop(name) for name in names & arguments.keys()}
-        if isinstance(fields.get("skip"), str):
-            fields["skip"] = tuple(fields["skip"].split(";"))
+        for name in pattern_fields() & fields.keys():
+            fields[name] = patterns(fields[name]) if isinstance(fields[name], str) else fields[name]
         config = torch_int4.Int4Config(**fields)  # raises before minutes are spent on loading
         super().__init__(pretrained, **arguments)
         if not is_patched(self.model):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,7 @@ def to_int4(model: Any, tokenizer: Any, config: torch_int4.Int4Config, calibrati
             given["calibration"] = [Path(calibration).read_text(encoding="utf-8")]
         except (OSError, UnicodeDecodeError) as error:
             raise Int4Error(f"calibration {calibration!r}: {error}; give a text file in UTF-8") from error
-    if "tokenizer" in inspect.signature(torch_int4.patch).parameters:  # for recipes that calibrate
-        given["tokenizer"] = tokenizer
-    torch_int4.patch(model, config, **given)
-    return model
+    return torch_int4.patch(model, config, tokenizer=tokenizer, **given)
 
 
 def is_patched(model: nn.Module) -> bool:

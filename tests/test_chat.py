@@ -151,6 +151,17 @@ def test_chat_command_keeps_a_conversation(folder: Path) -> None:
     assert answers[0] == answers[-1]
 
 
+def test_quantized_checkpoints_are_taken_over(folder: Path, loaded: tuple[Any, Any], tmp_path: Path) -> None:
+    """What `save_pretrained` of a patched model wrote gives the same text, whatever group size is asked for."""
+    patch(AutoModelForCausalLM.from_pretrained(folder)).save_pretrained(tmp_path)
+    loaded[1].save_pretrained(tmp_path)
+    arguments = ["--prompt", "Hello", "--tokens", "6", "--kv-cache", "fp32"]
+    saved = runner.invoke(app, ["generate", str(tmp_path), *arguments, "--group-size", "64"])
+    float_ = runner.invoke(app, ["generate", str(folder), *arguments])
+    assert saved.exit_code == 0, saved.output
+    assert saved.stdout == float_.stdout
+
+
 def test_chat_needs_a_template(tmp_path: Path) -> None:
     save_tiny_chat_model(tmp_path, template=None)
     result = runner.invoke(app, ["chat", str(tmp_path)], input="Hi\n")

@@ -162,3 +162,14 @@ def test_refusals_name_the_weight():
     bad.gram[3, 3] = float("nan")
     with pytest.raises(Int4Error, match=r"^a\.b: its inputs hold NaN"):
         gptq.quantize(weights(), config, name="a.b", inputs=bad)
+
+
+def test_a_row_of_enormous_energy_does_not_drown_all_others():
+    x, w = rows(count=800), weights()
+    spoiled = x.clone()
+    spoiled[3] = 3000 * torch.randn(200, generator=torch.Generator().manual_seed(5))
+    config = Int4Config(recipe="gptq", group_size=64)
+    want = product_error(w, gptq.quantize(w, config, inputs=statistics(x)), x)
+    got = product_error(w, gptq.quantize(w, config, inputs=statistics(spoiled)), x)
+    assert got < 1.5 * want
+    assert statistics(x.zero_()).gram.count_nonzero() == 0

@@ -136,6 +136,7 @@ def test_configs_as_text() -> None:
     found = parse_config("recipe=rtn, group_size=-1,symmetric=False,zeros=float,clip=TRUE,skip=*.a;b.*")
     assert found == Int4Config(group_size=-1, symmetric=False, zeros="float", clip=True, skip=("*.a", "b.*"))
     assert accuracy.describe(dataclasses.asdict(found)).startswith("recipe=rtn, group_size=-1, symmetric=False")
+    assert parse_config("int8=*.down_proj;*.o_proj").int8 == ("*.down_proj", "*.o_proj")
     assert parse_config("skip=lm_head").skip == ("lm_head",)
 
 

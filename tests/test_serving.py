@@ -47,7 +47,8 @@ class Served:
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=60, max_retries=0)
 
     def _prepare(self, model: Any) -> Any:
-        self.models.append(patch(model, kv_cache="fp32"))
+        is_patched = any(isinstance(module, Int4Linear) for module in model.modules())
+        self.models.append(model if is_patched else patch(model, kv_cache="fp32"))
         return self.models[-1]
 
     def ask(self, text: str, **options: Any) -> Any:
@@ -146,6 +147,26 @@ def test_stock_manager_is_put_back(served: Served) -> None:
 
     assert model_manager.ModelManager.__name__ == "ModelManager"
     assert model_manager.ModelManager.__module__ == model_manager.__name__
+
+
+@needs_server
+def test_loads_by_what_it_is_given(folder: Path) -> None:
+    """How `torch-int4 serve` loads, so that quantized checkpoints do not go through transformers' own loading."""
+    from torch_int4.commands import _model
+
+    choice = _model.Choice(str(folder), 32, None, "int8", "int8", "fp32", "auto", None)
+    asked: list[str] = []
+
+    def load(name: str) -> Any:
+        asked.append(name)
+        return choice.model(name)
+
+    found = Served(folder, load=load)
+    try:
+        assert found.ask("Hello").choices[0].message.content == found.expected("Hello")
+        assert asked == [str(folder)]
+    finally:
+        found.server.kill_server()
 
 
 @needs_server

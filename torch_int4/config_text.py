@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from .config import Int4Config
@@ -23,8 +24,18 @@ def parse_config(text: str) -> Int4Config:
             raise Int4Error(f"config {text!r}: {part!r} is not field=value, as in group_size=128,symmetric=False")
         if name in fields:
             raise Int4Error(f"config {text!r}: {name} is given twice")
-        fields[name] = tuple(value.split(";")) if name == "skip" else _value(value)
+        fields[name] = patterns(value) if name in pattern_fields() else _value(value)
     return Int4Config.with_overrides(None, **fields)
+
+
+def pattern_fields() -> set[str]:
+    """Names of the fields that hold several patterns."""
+    return {name for name, value in dataclasses.asdict(Int4Config()).items() if isinstance(value, tuple)}
+
+
+def patterns(text: str) -> tuple[str, ...]:
+    """Patterns joined by ``;``."""
+    return tuple(text.split(";"))
 
 
 def _value(text: str) -> Any:

@@ -30,6 +30,7 @@ def serve(
     model: str,
     prepare: Prepare,
     *,
+    load: Callable[[str], Any] | None = None,
     port: int = 8000,
     dtype: str = "auto",
     continuous_batching: bool = False,
@@ -41,6 +42,7 @@ def serve(
     Args:
         model: a local directory or a Hub name, and the name that clients give.
         prepare: what is done with the model once it is loaded, `torch_int4.patch` with its options; returns it.
+        load: what makes the model from its name, instead of transformers' server: for quantized checkpoints.
         port: where to listen; 0 is not accepted, for nobody would learn which one it is.
         dtype: dtype to load the model in, as of transformers.
         continuous_batching: whether requests share batches through transformers' paged cache.
@@ -63,7 +65,7 @@ def serve(
             require_paged(loaded)
         return loaded
 
-    with _patched_manager(checked):
+    with _patched_manager(checked, load):
         return Serve(
             force_model=model,
             continuous_batching=continuous_batching,
@@ -80,24 +82,24 @@ def serve(
 
 
 @contextlib.contextmanager
-def _patched_manager(prepare: Prepare) -> Iterator[None]:
+def _patched_manager(prepare: Prepare, load: Callable[[str], Any] | None) -> Iterator[None]:
     """Has `Serve` make our manager: it takes no other from its caller, and looks the class up when it is called."""
     from transformers.cli.serving import model_manager
 
     stock = model_manager.ModelManager
-    model_manager.ModelManager = _manager(stock, prepare)
+    model_manager.ModelManager = _manager(stock, prepare, load)
     try:
         yield
     finally:
         model_manager.ModelManager = stock
 
 
-def _manager(stock: Any, prepare: Prepare) -> Any:
+def _manager(stock: Any, prepare: Prepare, load: Callable[[str], Any] | None) -> Any:
     class PatchedModels(stock):
         """transformers' model manager, pinned to one model, which is patched once it is loaded."""
 
         def _load_model(self, *args: Any, **kwargs: Any) -> Any:
-            return prepare(super()._load_model(*args, **kwargs))
+            return prepare(super()._load_model(*args, **kwargs) if load is None else load(self.force_model))
 
         def load_model_and_processor(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
             """As of transformers; the route /load_model could otherwise name any model of the Hub."""

@@ -19,7 +19,12 @@ class Mixin:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
-        return _restore, (self.torch_int4_mixin, self.torch_int4_base, self.torch_int4_data), *reduced[2:]
+        base: type = type(self)
+        layers: list[tuple[type[Mixin], Any]] = []
+        while "torch_int4_base" in vars(base):  # one may be mixed into what another was mixed into
+            layers.insert(0, (base.torch_int4_mixin, base.torch_int4_data))  # type: ignore[attr-defined]
+            base = base.torch_int4_base  # type: ignore[attr-defined]
+        return _restore, (base, tuple(layers)), *reduced[2:]
 
 
 _made: dict[tuple[type[Mixin], type, Any], Any] = {}
@@ -53,6 +58,7 @@ def mix_in(mixin: type[Mixin], module: nn.Module, data: Any = None) -> bool:
     return True
 
 
-def _restore(mixin: type[Mixin], base: type, data: Any) -> Any:
-    made = mixed(mixin, base, data)
-    return made.__new__(made)
+def _restore(base: Any, layers: tuple[tuple[type[Mixin], Any], ...]) -> Any:
+    for mixin, data in layers:
+        base = mixed(mixin, base, data)
+    return base.__new__(base)

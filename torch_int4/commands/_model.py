@@ -88,18 +88,39 @@ class Choice:
         Raises:
             Int4Error: if there is no such model, or it cannot be patched.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        from torch_int4.evals import models
+        from transformers import AutoTokenizer
 
         folder = self.folder()
+        model = self.model(folder)
+        try:
+            return model, AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise Int4Error(f"model {folder!r}: transformers does not load its tokenizer: {error}") from error
+
+    def model(self, folder: str) -> Any:
+        """The patched model alone; a checkpoint that is quantized already is taken over as it is.
+
+        Raises:
+            Int4Error: if there is no such model, or it cannot be patched.
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        import torch_int4
+        from torch_int4.evals import models
+
         with models.quiet_transformers():
             try:
-                tokenizer = AutoTokenizer.from_pretrained(folder)
-                model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype)
+                if getattr(AutoConfig.from_pretrained(folder), "quantization_config", None) is None:
+                    model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype)
+                else:
+                    model = torch_int4.from_pretrained(
+                        folder, dtype=self.dtype, compute=self.compute, kv_cache=self.kv_cache
+                    )
+            except Int4Error:
+                raise
             except (OSError, ValueError) as error:
                 raise Int4Error(f"model {folder!r}: transformers does not load it: {error}") from error
-        return self.prepare(model.eval()), tokenizer
+        return self.prepare(model.eval())
 
 
 def require_dtype(dtype: str) -> str:

@@ -47,6 +47,7 @@ def main(
     serving.serve(
         folder,
         choice.prepare,
+        load=choice.model,
         port=port,
         dtype=choice.dtype,
         continuous_batching=continuous_batching,

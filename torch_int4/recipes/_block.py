@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from ..folding import Fold, is_transposed
 
+ENERGY = 100.0  # times the median of its batch: the most that a row counts in the Gram matrix
+
 
 class Inputs:
     """Statistics of one input, which several linears may share.
 
     Attributes:
-        gram: fp32 `[K, K]`, the sum of x xᵀ over all rows x.
+        gram: fp32 `[K, K]`, the sum of x xᵀ over all rows x, those of far more than usual energy scaled down.
         rows: how many rows there were.
         abs_sum: fp32 `[K]`, the sum of |x|.
         abs_max: fp32 `[K]`, the largest |x|.
@@ -32,8 +34,13 @@ class Inputs:
         x = x.detach().reshape(-1, x.shape[-1]).float()
         if x.shape[0] == 0:
             return
-        self.gram.addmm_(x.t(), x)
         magnitude = x.abs()
+        # In some layers the first token of a text has 10⁵ times the energy of others (an attention sink). A norm takes
+        # that out afterwards, while in a sum of squares nothing else would count.
+        energy = x.square().sum(1, keepdim=True)
+        factor = (ENERGY * energy.median() / energy).sqrt_().clamp_(max=1.0).nan_to_num_(1.0)
+        limited = x if bool((factor == 1).all()) else x * factor
+        self.gram.addmm_(limited.t(), limited)
         self.abs_sum += magnitude.sum(0)
         torch.maximum(self.abs_max, magnitude.amax(0), out=self.abs_max)
         self.rows += x.shape[0]
