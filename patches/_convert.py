@@ -15,8 +15,7 @@ from ..config import Int4Config
 from ..errors import Int4Error
 from ..linear import Int4Linear
 from ..weight import Int4Weight
-from . import _foreign, _scan, families
-from ._hooks import HOOKS
+from . import _foreign, _hooks, _scan, families
 from ._report import PatchedLinear, PatchReport
 from ._scan import Target
 
@@ -101,11 +100,7 @@ def _replace(target: Target, quantized: Int4Weight, config: Int4Config) -> Patch
     rows, inputs = quantized.codes.shape
     bias = old.bias if isinstance(old.bias, Tensor) else None
     new = Int4Linear.from_weight(quantized, bias, compute=config.compute, dtype=weight.dtype)
-    for name in HOOKS:
-        setattr(new, name, getattr(old, name))
-    new.train(old.training)
-    for parent, attribute in target.places:
-        setattr(parent, attribute, new)
+    _hooks.replace(old, new, target.places)
     target.module = None
     after = new.nbytes
     return PatchedLinear(target.name, rows, inputs, target.bits, before, after, target.shared)

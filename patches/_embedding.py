@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from ..config import Int4Config
 from ..errors import Int4Error
-from . import _scan
-from ._hooks import HOOKS
+from . import _hooks, _scan
 from ._report import PatchReport
 from ._scan import Target
 
@@ -87,8 +86,5 @@ def find(
 
 def store_bf16(name: str, old: nn.Embedding, places: list[tuple[nn.Module, str]], report: PatchReport) -> None:
     new = Bf16Embedding.from_embedding(old)
-    for hook in HOOKS:
-        setattr(new, hook, getattr(old, hook))
-    for parent, attribute in places:
-        setattr(parent, attribute, new)
+    _hooks.replace(old, new, places)
     report.embeddings.append((name, 4 * old.weight.numel(), 2 * old.weight.numel()))

@@ -13,8 +13,7 @@ from .. import formats, recipes
 from ..config import Int4Config
 from ..linear import Int4Linear
 from ..weight import Int4Weight
-from . import _scan
-from ._hooks import HOOKS
+from . import _hooks, _scan
 from ._report import PatchedLinear, PatchReport
 
 
@@ -65,11 +64,7 @@ def convert(target: Foreign, config: Int4Config, report: PatchReport) -> None:
     bias = getattr(old, "bias", None)
     dtype = _activation_dtype(old, bias)
     new = Int4Linear.from_weight(weight, _parameter(bias), compute=config.compute, dtype=dtype)
-    for name in HOOKS:
-        setattr(new, name, getattr(old, name))
-    new.train(old.training)
-    for parent, attribute in target.places:
-        setattr(parent, attribute, new)
+    _hooks.replace(old, new, target.places)
     target.module = None
     report.linears.append(_entry(target.name, weight, before, new.nbytes))
 

@@ -1,4 +1,10 @@
-"""Hooks of a module that is replaced."""
+"""Putting a module into the places of another, hooks and all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
 
 # Moved as the same objects: a handle that a user keeps can then still remove its hook.
 HOOKS = (
@@ -11,3 +17,12 @@ HOOKS = (
     "_backward_pre_hooks",
     "_is_full_backward_hook",
 )
+
+
+def replace(old: nn.Module, new: nn.Module, places: Iterable[tuple[nn.Module, str]]) -> None:
+    """Put `new` where `old` is an attribute, with its hooks and its mode."""
+    for name in HOOKS:
+        setattr(new, name, getattr(old, name))
+    new.train(old.training)
+    for parent, attribute in places:
+        setattr(parent, attribute, new)

@@ -9,7 +9,7 @@ from rich.table import Table
 from torch_int4.evals import output
 
 from .attention import Result, Row
-from .report import machine_lines, roof_lines, roofs
+from .report import machine_lines, roof_lines, roofs, table_by_point
 
 HEADER = ("point", "who", "cache", "min us", "median", "GB/s", "GOP/s", "x torch", "of read")
 _LEFT = ("point", "who", "cache")
@@ -33,16 +33,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def table(result: Result) -> Table:
     """Every contestant of every point; a rule between points."""
-    shown = Table(box=None, pad_edge=False)
-    for name in HEADER:
-        shown.add_column(name, justify="left" if name in _LEFT else "right", no_wrap=True)
-    previous = None
-    for row in result.rows:
-        if previous is not None and row.point != previous:
-            shown.add_row()
-        shown.add_row(*cells(row), style="bold" if row.ours else "")
-        previous = row.point
-    return shown
+    return table_by_point(result.rows, HEADER, _LEFT, cells)
 
 
 def markdown(result: Result) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,11 +58,18 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def table(result: Result) -> Table:
     """Every contestant of every point; a rule between points."""
+    return table_by_point(result.rows, HEADER, _LEFT, cells)
+
+
+def table_by_point(
+    rows: Sequence[Any], header: Sequence[str], left: Sequence[str], cells: Callable[[Any], tuple[str, ...]]
+) -> Table:
+    """Rows as a table with a gap between points, ours in bold; columns not in `left` are flush right."""
     shown = Table(box=None, pad_edge=False)
-    for name in HEADER:
-        shown.add_column(name, justify="left" if name in _LEFT else "right", no_wrap=True)
+    for name in header:
+        shown.add_column(name, justify="left" if name in left else "right", no_wrap=True)
     previous = None
-    for row in result.rows:
+    for row in rows:
         if previous is not None and row.point != previous:
             shown.add_row()
         shown.add_row(*cells(row), style="bold" if row.ours else "")
