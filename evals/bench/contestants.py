@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from torch_int4 import Int4Linear, Int4Weight, ops
+from torch_int4 import Int4Linear, Int4Weight, arena, ops
 
 
 class Contestant(Protocol):
@@ -65,6 +65,8 @@ def copies_of(nbytes: int, rotate: int) -> int:
 
 
 def ours(weight: Int4Weight, rotate: int) -> list[Int4Linear]:
-    """Copies of a weight as this package packs it, each in storage of its own."""
+    """Copies of a weight as `patch` leaves them: packed, small ones side by side."""
     first = Int4Linear.from_weight(weight)
-    return [first, *(Int4Linear.from_weight(weight) for _ in range(copies_of(first.nbytes, rotate) - 1))]
+    copies = [first, *(Int4Linear.from_weight(weight) for _ in range(copies_of(first.nbytes, rotate) - 1))]
+    arena.gather(copies)
+    return copies
