@@ -1,0 +1,79 @@
+"""The scripts behind the tables of recipes: small models trained, rows measured once and resumed."""
+
+import copy
+
+import pytest
+import torch
+
+from torch_int4 import Int4Error
+from torch_int4.calibration import Calibration
+from torch_int4.evals import recipes_table, train_small
+from torch_int4.evals.recipes_table import Row, cells, measure, read_rows
+
+TEXT = "the quick brown fox jumps over the lazy dog and runs away from it.\n" * 60
+SETTINGS = {"window": 24, "head": "float", "compute": "fp32", "preset": "light"}
+
+
+def trained(family, steps=3, seed=0):
+    tokenizer = train_small.make_tokenizer(TEXT, 300)
+    ids = tokenizer(TEXT, return_tensors="pt")["input_ids"][0]
+    model = train_small.make_model(family, len(tokenizer), width=64, layers=2, context=64, seed=seed)
+    losses = list(train_small.train(model, ids, steps=steps, batch=2, window=24, rate=3e-3, seed=seed))
+    return model, ids, losses
+
+
+@pytest.mark.parametrize("family", train_small.SHAPES)
+def test_every_family_can_be_trained_and_measured(family):
+    model, ids, losses = trained(family, steps=12)
+    assert losses[-1] < losses[0] - 0.5
+    assert not model.training
+    options = [("float", 0, "-"), ("rtn", 32, "symmetric"), ("gptq", 32, "symmetric")]
+    data = Calibration(ids, samples=6, length=24, batch=3)
+    found = list(measure(lambda: copy.deepcopy(model), ids[:240], options, SETTINGS, data))
+    assert [row.recipe for row in found] == ["float", "rtn", "gptq"]
+    assert found[0].bits == pytest.approx(32, rel=0.05)  # buffers count too
+    assert found[1].bits == found[2].bits < 5
+    shown = cells(found[2], found)
+    assert shown[:3] == ("gptq", "32", "symmetric")
+    assert shown[-2].endswith("%")
+
+
+def test_training_repeats_by_seed():
+    first, second, other = (trained("llama", seed=seed)[2] for seed in (1, 1, 2))
+    assert first == second != other
+
+
+def test_refusals():
+    with pytest.raises(Int4Error, match="unknown family 'mamba'"):
+        train_small.make_model("mamba", 300, width=64, layers=1, context=64, seed=0)
+    with pytest.raises(Int4Error, match="width must be"):
+        train_small.make_model("llama", 300, width=70, layers=1, context=64, seed=0)
+    with pytest.raises(Int4Error, match="too few"):
+        next(train_small.train(None, torch.arange(5), steps=1, batch=1, window=8, rate=1e-3, seed=0))
+
+
+def test_rows_are_compared_with_float_and_with_rounding_of_the_same_kind():
+    def row(recipe, group, nll, offset="symmetric"):
+        return Row(recipe, group, offset, nll, (100, 100), 4.5, 7.0, SETTINGS)
+
+    rows = [row("float", 0, (2.0, 3.0), "-"), row("rtn", 32, (2.2, 3.2)), row("rtn", 128, (2.9, 3.9))]
+    better = row("gptq", 32, (2.1, 3.1))
+    shown = dict(zip(recipes_table.HEADER, cells(better, [*rows, better]), strict=True))
+    assert shown["vs float"] == "+10.52%"
+    assert shown["recovers"] == "52%"
+    assert shown["vs rtn"] == "-9.52%"
+    assert cells(rows[0], rows)[5] == ""
+    assert dict(zip(recipes_table.HEADER, cells(rows[1], rows), strict=True))["recovers"] == ""
+
+
+def test_rows_are_read_back_as_they_were(tmp_path):
+    import json
+    from dataclasses import asdict
+
+    path = tmp_path / "rows.jsonl"
+    assert read_rows(path) == []
+    row = Row("gptq", 32, "symmetric", (2.0, 3.0), (5, 6), 4.5, 7.0, SETTINGS)
+    path.write_text(json.dumps(asdict(row)) + "\n")
+    assert read_rows(path) == [row]
+    assert read_rows(path)[0].key == row.key
+    assert row.key != Row("gptq", 64, "symmetric", (2.0, 3.0), (5, 6), 4.5, 7.0, SETTINGS).key
