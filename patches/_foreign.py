@@ -73,6 +73,8 @@ def forget_backend(model: nn.Module) -> None:
     """Drop what transformers remembers of the backend, once none of its linears is left."""
     if any(formats.holds(module) for module in model.modules()):
         return
+    for name in formats.available():
+        formats.get(name).release(model)
     config: Any = getattr(model, "config", None)
     for holder, name in ((config, "quantization_config"), (model, "hf_quantizer"), (model, "quantization_method")):
         if holder is not None and name in getattr(holder, "__dict__", {}):

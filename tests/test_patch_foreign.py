@@ -147,6 +147,18 @@ def test_what_transformers_remembers_of_the_backend_is_dropped():
     assert "awq" not in str(getattr(patched.config, "quantization_config", ""))
 
 
+def test_the_hook_that_would_expand_every_weight_is_taken_away():
+    model, _ = loaded_by("compressed_tensors")
+
+    def expand(*_):
+        raise AssertionError("called")
+
+    model.ct_decompress_hook = model.register_forward_pre_hook(expand)
+    patched = patch(model)
+    assert not patched._forward_pre_hooks
+    assert logits(patched).isfinite().all()
+
+
 DAMAGE = {
     "holds NaN": lambda m: m.scales.fill_(float("nan")),
     "must have shape": lambda m: setattr(m, "qzeros", m.qzeros[:1]),

@@ -121,6 +121,10 @@ class Format(abc.ABC):
         """The float weight [N, K] of a live module of this backend that lies on no grid of ours; else None."""
         return None
 
+    def release(self, model: nn.Module) -> None:
+        """Take away what the backend hung onto a model as a whole, once none of its linears is left."""
+        return None
+
     def linears(self, keys: Iterable[str], settings: Settings) -> dict[str, dict[str, str]]:
         """The quantized linears among the tensors of a checkpoint.
 

@@ -126,6 +126,12 @@ class CompressedTensors(Format):
         packed = getattr(module, "weight_packed", None)
         return weights is not None and isinstance(packed, Tensor) and packed.dtype == torch.int32
 
+    def release(self, model: nn.Module) -> None:
+        """The hook by which the first call would expand every weight."""
+        hook = model.__dict__.pop("ct_decompress_hook", None)
+        if hook is not None:
+            hook.remove()
+
     def convert_module(self, module: nn.Module, *, name: str) -> Int4Weight | None:
         """See `Format.convert_module`. Such a linear keeps the tensors of the file as they are."""
         if not self.holds(module):
