@@ -77,7 +77,7 @@ def patch(
     if targets or foreign or embeddings or not report.complete:
         report.complete = False
         model.torch_int4_report = report  # type: ignore[assignment]
-        ties, before = _ties.record(model), set(map(id, _int4(model)))  # the latter may be mapped from a file
+        ties = _ties.record(model)
         try:
             _convert.convert_foreign(foreign, config, report, progress)
             _convert.convert_all(targets, config, report, progress, calibrated)
@@ -87,7 +87,7 @@ def patch(
             _ties.forget(model, ties, replaced)
         while embeddings:
             _embedding.store_bf16(*embeddings.pop(), report)
-        arena.gather(linear for linear in _int4(model) if id(linear) not in before)
+        arena.gather(module for module in model.modules() if isinstance(module, Int4Linear))
         if foreign:
             _foreign.forget_backend(model)
         report.merged += _merge(model, by_module)
@@ -100,10 +100,6 @@ def patch(
         _make_saveable(model, config)
         _return_memory()
     return model
-
-
-def _int4(model: nn.Module) -> list[Int4Linear]:
-    return [module for module in model.modules() if isinstance(module, Int4Linear)]
 
 
 def _previous_report(model: nn.Module, config: Int4Config) -> PatchReport | None:

@@ -1,7 +1,7 @@
-"""Memory for many small weights, next to each other: those of a layer then lie on a few pages of 2 MiB.
+"""Memory for many weights, next to each other, so that nearly all of it lies on pages of 2 MiB.
 
-Large weights get such pages where they are packed. Small ones by themselves are too short for one, and the reads of a
-decode step then stop at the end of every 4 KiB.
+A weight gets such pages where it is packed, but only between multiples of 2 MiB: one of 3 MiB by itself gets one such
+page, or none. Elsewhere the reads of a decode step stop at the end of every 4 KiB.
 """
 
 from __future__ import annotations
@@ -12,25 +12,28 @@ import torch
 
 from torch_int4.linear import PACKED, Int4Linear
 
-SMALL = 1 << 20  # bytes; what is larger has pages of its own
+SMALL = 32 << 20  # bytes; what is larger loses little at its ends
 LEAST = 1 << 20  # bytes; less is not worth moving
-SLAB = 32 << 20  # bytes of a piece of memory: more than this, and one weight, is never held twice
+SLAB = 64 << 20  # bytes of a piece of memory: more than this, and one weight, is never held twice
 LINE = 64  # bytes; weights begin at multiples of it
 
 _Place = tuple[Int4Linear, str, int]  # a buffer of a linear, and its bytes
 
 
 def gather(linears: Iterable[Int4Linear]) -> int:
-    """Moves the small packed weights of linears, in the given order, into shared memory; the bytes that were moved.
+    """Moves the packed weights of linears, in the given order, into shared memory; the bytes that were moved.
 
-    Each type has memory of its own: torch saves no storage that is read as two.
+    What lies in shared memory already stays there, and so does what is mapped from a file. Each type has memory of its
+    own: torch saves no storage that is read as two.
     """
     waiting: dict[torch.dtype, list[_Place]] = {}
     moved = 0
     for linear in linears:
-        for name in PACKED:
+        for name in () if linear.mapped else PACKED:
             tensor = linear._buffers[name]
             if tensor is None or tensor.nbytes >= SMALL or not tensor.is_cpu:
+                continue
+            if tensor.untyped_storage().nbytes() > tensor.nbytes:
                 continue
             places = waiting.setdefault(tensor.dtype, [])
             places.append((linear, name, tensor.nbytes))

@@ -34,6 +34,7 @@ class Int4Linear(nn.Linear):
     packed_scales: Tensor
     packed_offsets: Tensor | None
     perm: Tensor | None
+    mapped = False  # whether the packed tensors lie in a file, whose pages processes share
 
     def __init__(self, weight: Int4Weight, bias: Tensor | None = None, *, compute: str = "int8") -> None:
         if compute not in COMPUTE:

@@ -168,7 +168,7 @@ def map_file(path: str | os.PathLike[str]) -> dict[str, Int4Linear]:
 
 def _linear(name: str, shape: _Shape, header: dict[str, Any], memory: mmap.mmap, start: int) -> Int4Linear:
     entries = [header.get(f"{name}.{field}") for field in _FIELDS]
-    return Int4Linear.from_packed(
+    linear = Int4Linear.from_packed(
         *(None if entry is None else _tensor(entry, memory, start) for entry in entries),
         out_features=shape.out_features,
         in_features=shape.in_features,
@@ -176,6 +176,8 @@ def _linear(name: str, shape: _Shape, header: dict[str, Any], memory: mmap.mmap,
         weight_type=shape.weight_type,
         dtype=getattr(torch, shape.dtype.removeprefix("torch.")),
     )
+    linear.mapped = True
+    return linear
 
 
 def _tensor(entry: dict[str, Any], memory: mmap.mmap, start: int) -> Tensor:

@@ -75,8 +75,9 @@ class Worker:
 
 @contextlib.contextmanager
 def _environment(threads: int) -> Iterator[None]:
-    """What libraries read as they start: the number of threads, and that waiting ones should sleep."""
-    wanted = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    """What libraries read as they start: the number of threads. Waiting ones spin a while, as they do for users; the
+    pauses between turns are longer than that."""
+    wanted = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
