@@ -75,6 +75,10 @@ class Format(abc.ABC):
             Int4Error: naming the tensor and the reason: a dtype, shape, value or combination that is wrong.
         """
 
+    def on_grid(self, settings: Settings) -> bool:
+        """Whether kernels have the grid that the codes lie on; if not, `read` refuses and `read_dense` serves."""
+        return True
+
     def read_dense(
         self, tensors: Mapping[str, Tensor], settings: Settings, *, shape: tuple[int, int], name: str
     ) -> Tensor:

@@ -68,11 +68,15 @@ class BitsAndBytes(Format):
             "weight.nested_quant_map": False,
         }
 
+    def on_grid(self, settings: Settings) -> bool:
+        """NF4; this FP4 is not E2M1."""
+        return settings.layout == "nf4"
+
     def read(
         self, tensors: Mapping[str, Tensor], settings: Settings, *, shape: tuple[int, int], name: str
     ) -> Int4Weight:
         """See `Format.read`. FP4 is refused; `read_dense` expands it."""
-        if settings.layout != "nf4":
+        if not self.on_grid(settings):
             raise Int4Error(
                 f"{name}: bitsandbytes' FP4 is on no grid of our kernels (it is not E2M1); expand it to floats, or "
                 "load the float model and patch() that"

@@ -58,12 +58,16 @@ class Hqq(Format):
         optional = ("nbits", "group_size", "axis", "packing", "shape")
         return {"W_q": True, "scale": True, "zero": True, **dict.fromkeys(optional, False)}
 
+    def on_grid(self, settings: Settings) -> bool:
+        """axis=1: groups of the weights of a row."""
+        return settings.layout != "axis0"
+
     def read(
         self, tensors: Mapping[str, Tensor], settings: Settings, *, shape: tuple[int, int], name: str
     ) -> Int4Weight:
         """See `Format.read`. axis=0 is refused; `read_dense` expands it."""
         _check_encoded(tensors, settings, shape, name)
-        if settings.layout == "axis0":
+        if not self.on_grid(settings):
             raise Int4Error(
                 f"{name}: axis=0 groups weights of several rows, which no kernel serves; expand it to floats"
             )

@@ -98,8 +98,10 @@ def plan_quantization(model: nn.Module, config: Int4Config, source: Source, name
     return Plan(source, pending, {name: {"weight": found[name]} for name in pending}, weight)
 
 
-def plan_reading(model: nn.Module, form: Format, settings: Settings, source: Source, names: Names) -> Plan:
-    """A plan for a checkpoint that is quantized already.
+def plan_reading(
+    model: nn.Module, form: Format, settings: Settings, source: Source, names: Names, config: Int4Config
+) -> Plan:
+    """A plan for a checkpoint that is quantized already. What lies on no grid of kernels is rounded again, by `config`.
 
     Raises:
         Int4Error: naming a quantized tensor without a linear, or a linear without a weight.
@@ -130,7 +132,11 @@ def plan_reading(model: nn.Module, form: Format, settings: Settings, source: Sou
     pending = put_pending(model, dict.fromkeys(keys, settings.bits))
 
     def weight(place: PendingLinear, tensors: Mapping[str, Tensor]) -> Int4Weight:
-        return form.read(tensors, settings, shape=place.shape, name=place.name)
+        if form.on_grid(settings):
+            return form.read(tensors, settings, shape=place.shape, name=place.name)
+        dense = form.read_dense(tensors, settings, shape=place.shape, name=place.name)
+        made: Int4Weight = recipes.get("rtn").quantize(dense, config, bits=4, name=place.name)
+        return made
 
     return Plan(source, pending, keys, weight)
 

@@ -73,7 +73,8 @@ class Int4Quantizer(HfQuantizer):
             self._names = Names(model, weight_conversions)
             source = Source(files)
             if self.stored is not None:
-                self._plan = plan_reading(model, self.stored.form, self.stored.settings, source, self._names)
+                form, settings, config = self.stored.form, self.stored.settings, self.quantization_config
+                self._plan = plan_reading(model, form, settings, source, self._names, config)
             else:
                 self._plan = plan_quantization(model, self.quantization_config, source, self._names)
             self._names.ignore(model, (key for found in self._plan.keys.values() for key in found.values()))
@@ -104,7 +105,9 @@ class Int4Quantizer(HfQuantizer):
         if folder is None:
             return None
         made = {name: [*place.shape, place.bits, str(place.dtype)] for name, place in plan.pending.items()}
-        how = self.quantization_config.to_dict() if self.stored is None else asdict(self.stored.settings)
+        how = {} if self.stored is None else asdict(self.stored.settings)
+        if self.stored is None or not self.stored.form.on_grid(self.stored.settings):
+            how |= self.quantization_config.to_dict()
         kept = {key: value for key, value in how.items() if key not in OF_RUNNING}
         return panels.key_of(plan.source.files, [metadata.version("torch-int4"), kept, made, plan.keys], folder)
 
