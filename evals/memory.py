@@ -35,21 +35,20 @@ class Memory:
 
 
 def weight_bytes(model: nn.Module) -> dict[str, int]:
-    """Bytes of parameters and buffers by module class, each storage counted once at its first owner.
+    """Bytes of parameters and buffers by module class, each piece of memory counted once, at its first owner.
 
-    Counting storages keeps tied weights and merged linears honest: what is shared is paid for once.
+    Counting pieces keeps tied weights honest: what is shared is paid for once. Their storages would not do: weights of
+    several modules may lie in one.
     """
     seen: set[tuple[str, int]] = set()
     totals: dict[str, int] = defaultdict(int)
     for module in model.modules():
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            if tensor.is_meta:
+            key = (str(tensor.device), tensor.data_ptr() if not tensor.is_meta else 0)
+            if tensor.is_meta or key in seen:
                 continue
-            storage = tensor.untyped_storage()
-            key = (str(tensor.device), storage.data_ptr())
-            if key not in seen:
-                seen.add(key)
-                totals[type(module).__name__] += storage.nbytes()
+            seen.add(key)
+            totals[type(module).__name__] += tensor.nbytes
     return dict(totals)
 
 

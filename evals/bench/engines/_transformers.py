@@ -84,18 +84,17 @@ def read_bytes(model: nn.Module) -> int:
         if isinstance(module, nn.Embedding):
             continue
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            found |= _storages(tensor)
+            found |= _pieces(tensor)
     if isinstance(weight := getattr(head, "weight", None), Tensor):  # the embedding too, where it is the head
-        found |= _storages(weight)
+        found |= _pieces(weight)
     return sum(found.values())
 
 
-def _storages(tensor: Tensor) -> dict[int, int]:
+def _pieces(tensor: Tensor) -> dict[int, int]:
     """Bytes by address; a quantized tensor of another library is made of several plain ones."""
     if hasattr(tensor, "__tensor_flatten__"):
         parts: dict[int, int] = {}
         for name in tensor.__tensor_flatten__()[0]:
-            parts |= _storages(getattr(tensor, name))
+            parts |= _pieces(getattr(tensor, name))
         return parts
-    storage = tensor.untyped_storage()
-    return {storage.data_ptr(): storage.nbytes()}
+    return {tensor.data_ptr(): tensor.nbytes}
