@@ -32,11 +32,24 @@ const Codebook kNf4 = make(
 const Codebook kFp4 =
     make({0.f, 0.5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f, -0.f, -0.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f}, 0.5f);
 
+// The FP4 of bitsandbytes: multiples of 1/192, which bytes cannot hold. In steps of 1/96 only the smallest value is off,
+// by 0.5 % of the largest; compute="fp32" and "bf16" use all as they are.
+const Codebook kBnbFp4 = make({0.f, 1.f / 192, 2.f / 3, 1.f, 1.f / 3, 1.f / 2, 1.f / 6, 1.f / 4,  //
+                               -0.f, -1.f / 192, -2.f / 3, -1.f, -1.f / 3, -1.f / 2, -1.f / 6, -1.f / 4},
+                              1.f / 96);
+
+constexpr struct {
+  const char* name;
+  const Codebook* book;
+} kBooks[] = {{"nf4", &kNf4}, {"fp4", &kFp4}, {"bnb_fp4", &kBnbFp4}};
+
 }  // namespace
 
 const Codebook* find_codebook(const char* name) {
-  if (!strcmp(name, "nf4")) return &kNf4;
-  return strcmp(name, "fp4") ? nullptr : &kFp4;
+  for (const auto& known : kBooks) {
+    if (!strcmp(name, known.name)) return known.book;
+  }
+  return nullptr;
 }
 
 }  // namespace torch_int4

@@ -4,7 +4,7 @@
 
 namespace torch_int4 {
 
-// "nf4" or "fp4"; null for any other name.
+// "nf4", "fp4" (E2M1) or "bnb_fp4"; null for any other name.
 const Codebook* find_codebook(const char* name);
 
 }  // namespace torch_int4

@@ -11,8 +11,8 @@ constexpr int64_t kMaxGroup = 1024;
 WeightType weight_type(const std::string& name) {
   if (name == "int4") return WeightType::kInt4;
   if (name == "int8") return WeightType::kInt8;
-  STD_TORCH_CHECK(find_codebook(name.c_str()), "torch_int4: weight_type must be 'int4', 'int8', 'nf4' or 'fp4', not '",
-                  name, "'");
+  STD_TORCH_CHECK(find_codebook(name.c_str()),
+                  "torch_int4: weight_type must be 'int4', 'int8', 'nf4', 'fp4' or 'bnb_fp4', not '", name, "'");
   return WeightType::kBook;
 }
 

@@ -8,6 +8,7 @@ own dequantized weight: norm of the difference over norm of the result. Run:
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -155,12 +156,12 @@ def _auto_round() -> Iterator[Case]:
 def _bitsandbytes() -> Iterator[Case]:
     import bitsandbytes
 
-    for nested in (False, True):
-        module = bitsandbytes.nn.Linear4bit(INPUTS, ROWS, bias=False, compress_statistics=nested, quant_type="nf4")
+    for kind, nested in itertools.product(("nf4", "fp4"), (False, True)):
+        module = bitsandbytes.nn.Linear4bit(INPUTS, ROWS, bias=False, compress_statistics=nested, quant_type=kind)
         module.weight.data = _dense()
         module = module.to("cpu")
         theirs = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-        yield "NF4" + (", double quantization" if nested else ""), _read_module(module), theirs
+        yield kind.upper() + (", double quantization" if nested else ""), _read_module(module), theirs
 
 
 def _gguf() -> Iterator[Case]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import sys
 from collections import Counter
 from typing import Any, TypeVar
@@ -98,7 +96,7 @@ def patch(
         report.skipped = skipped + kept
         report.complete = True
         _make_saveable(model, config)
-        _return_memory()
+        arena.return_memory()
     return model
 
 
@@ -159,9 +157,3 @@ def _make_saveable(model: nn.Module, config: Int4Config) -> None:
         from ..hf import make_saveable
 
         make_saveable(model, config)
-
-
-def _return_memory() -> None:
-    """Give freed pages back: glibc keeps those of middle-sized tensors, as if nothing had been freed."""
-    with contextlib.suppress(OSError, AttributeError):  # other C libraries have no such call
-        ctypes.CDLL(None).malloc_trim(0)

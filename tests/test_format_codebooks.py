@@ -8,12 +8,11 @@ from oracle import random_weight
 
 from torch_int4 import Int4Error, Int4Linear, formats
 from torch_int4.formats import Settings
-from torch_int4.formats.bitsandbytes import FP4_TWELFTHS
 from torch_int4.formats.mxfp4 import expert
 
 BNB, MXFP4 = formats.get("bitsandbytes"), formats.get("mxfp4")
 NF4 = torch.ops.torch_int4.codebook("nf4")
-FP4 = torch.tensor([s * v / 12 for s in (1, -1) for v in FP4_TWELFTHS])
+FP4 = torch.tensor([s * v / 192 for s in (1, -1) for v in (0, 1, 128, 192, 64, 96, 32, 48)])
 VALUES = {"nf4": NF4, "fp4": FP4}
 STATE = "weight.quant_state.bitsandbytes__"
 
@@ -63,16 +62,17 @@ def read(tensors, shape, kind="nf4"):
         ((7, 64), 32, 32),
     ],
 )
-def test_nf4_blocks_become_groups_of_rows(shape, block, group, nested):
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_blocks_become_groups_of_rows(shape, block, group, nested, kind):
     if shape == (3, 40):
         block = 40  # not a block size of the library
-    tensors, dense = bnb(*shape, block, nested=nested)
+    tensors, dense = bnb(*shape, block, kind=kind, nested=nested)
     if block == 40:
         with pytest.raises(Int4Error, match="blocksize 40"):
-            read(tensors, shape)
+            read(tensors, shape, kind)
         return
-    weight = read(tensors, shape)
-    assert weight.codebook == "nf4"
+    weight = read(tensors, shape, kind)
+    assert weight.codebook == {"nf4": "nf4", "fp4": "bnb_fp4"}[kind]
     assert weight.group_size == group
     torch.testing.assert_close(weight.dequantize(), dense, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(Int4Linear(weight, compute="fp32").dequantize(), dense, rtol=1e-6, atol=1e-7)
@@ -84,15 +84,6 @@ def test_rows_that_share_no_group_with_blocks_are_refused_but_expanded():
         read(tensors, (6, 72))
     settings = BNB.settings(config())
     assert torch.equal(BNB.read_dense(tensors, settings, shape=(6, 72), name="m"), dense)
-
-
-@pytest.mark.parametrize("nested", [False, True])
-def test_fp4_is_expanded_because_it_is_not_e2m1(nested):
-    tensors, dense = bnb(5, 70, kind="fp4", nested=nested)
-    settings = BNB.settings(config("fp4"))
-    torch.testing.assert_close(BNB.read_dense(tensors, settings, shape=(5, 70), name="m"), dense, rtol=1e-6, atol=0)
-    with pytest.raises(Int4Error, match="FP4 is on no grid"):
-        read(tensors, (5, 70), "fp4")
 
 
 def test_weights_stored_as_another_type():
@@ -166,11 +157,7 @@ def test_the_library_and_we_agree(kind, nested):
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
     assert formats.holds(module)
     converted = formats.convert_module(module, name="m")
-    if kind == "nf4":
-        torch.testing.assert_close(converted.dequantize(), want, rtol=1e-6, atol=1e-7)
-    else:
-        assert converted is None
-        torch.testing.assert_close(formats.dense_module(module, name="m"), want, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(converted.dequantize(), want, rtol=1e-6, atol=1e-7)
 
 
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]

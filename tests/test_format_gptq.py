@@ -64,6 +64,25 @@ def test_reads_both_versions(inputs, group, kind, version, bits):
     assert (got.zeros is None) == (kind == "symmetric")
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("version", [1, 2])
+def test_symmetric_files_show_their_version_whatever_they_say(version, bits):
+    weight = random_weight(24, 96, 32, "symmetric", bits=bits)
+    for label in ("gptq", "gptq_v2"):
+        got = read(encode(weight, version), GPTQ.settings(config(bits, checkpoint_format=label, sym=True)))
+        assert got.zeros is None
+        assert torch.equal(got.dequantize(), weight.dequantize())
+
+
+@pytest.mark.parametrize(("version", "label"), [(1, "gptq"), (2, "gptq_v2")])
+@pytest.mark.parametrize(("symmetric", "first"), [(False, 7), (False, 8), (True, 9)])
+def test_files_of_other_zero_points_are_taken_at_their_word(version, label, symmetric, first):
+    weight = random_weight(24, 96, 32, "integer", zero=8 if symmetric else first)
+    weight.zeros[0] = first
+    got = read(encode(weight, version), GPTQ.settings(config(checkpoint_format=label, sym=symmetric)))
+    assert torch.equal(got.dequantize(), weight.dequantize())
+
+
 def test_zero_points_of_zero_survive_version_one():
     weight = random_weight(16, 64, 32, "integer", zero=0)
     weight.zeros[3] = 15

@@ -6,8 +6,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_format_codebooks import bnb
-from test_format_codebooks import config as bnb_config
+from test_format_affine import hqq, hqq_config
 from tiny_models import dequantized, int4s, llama, logits
 from transformers import AutoModelForCausalLM
 
@@ -68,19 +67,19 @@ def test_linears_left_in_float_stay_so_but_for_a_head_that_is_asked_for(name, tm
 
 
 def test_codes_on_no_grid_of_ours_are_rounded_again(tmp_path):
-    """bitsandbytes' FP4, which is not E2M1."""
+    """HQQ with axis=0, whose groups lie across rows."""
     model, _ = checkpoint(tmp_path, "gptq")
     state, dense = model.state_dict(), {}
     for key in [key for key in state if key.endswith("proj.weight")]:
-        tensors, dense[key.removesuffix(".weight")] = bnb(*state.pop(key).shape, kind="fp4")
+        tensors, dense[key.removesuffix(".weight")] = hqq(*state.pop(key).shape, 64, axis=0)
         state.update({f"{key.removesuffix('weight')}{suffix}": tensor.clone() for suffix, tensor in tensors.items()})
     described = json.loads((tmp_path / "config.json").read_text())
-    described["quantization_config"] = bnb_config("fp4", llm_int8_skip_modules=["lm_head"])
+    described["quantization_config"] = hqq_config(axis=0)
     (tmp_path / "config.json").write_text(json.dumps(described))
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     got = torch_int4.from_pretrained(tmp_path)
     for name, weight in dense.items():
-        want = rtn.quantize(weight, got.torch_int4_report.config).dequantize()
+        want = rtn.quantize(weight.float(), got.torch_int4_report.config).dequantize()
         assert torch.equal(got.get_submodule(name).dequantize(), want), name
     got.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")

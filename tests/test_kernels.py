@@ -194,9 +194,10 @@ def test_every_kernel_set_gives_the_bits_of_the_reference(kind: str) -> None:
 NF4 = [-1, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0,
        0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1]  # fmt: skip
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]
+BNB_FP4 = [sign * value / 192 for sign in (1, -1) for value in (0, 1, 128, 192, 64, 96, 32, 48)]
 
 
-@pytest.mark.parametrize(("codebook", "values"), [("nf4", NF4), ("fp4", E2M1)])
+@pytest.mark.parametrize(("codebook", "values"), [("nf4", NF4), ("fp4", E2M1), ("bnb_fp4", BNB_FP4)])
 @pytest.mark.parametrize("compute", ["int8", "int8x2", "fp32"])
 def test_code_books(isa: str, codebook: str, values: list[float], compute: str) -> None:
     for rows, n, k, group_size in ((1, 33, 100, 32), (2, 16, 300, 128), (9, 40, 64, -1)):
@@ -207,7 +208,7 @@ def test_code_books(isa: str, codebook: str, values: list[float], compute: str) 
         linear = Int4Linear.from_weight(weight, compute=compute)
         torch.testing.assert_close(linear.dequantize().double(), dense, rtol=1e-6, atol=1e-9)
         x = torch.randn(rows, k, generator=torch.Generator().manual_seed(rows))
-        bound = {"int8": 1.5e-2, "int8x2": 8e-3 if codebook == "nf4" else 2e-4, "fp32": 1e-6}[compute]
+        bound = {"int8": 1.5e-2, "int8x2": 2e-4 if codebook == "fp4" else 8e-3, "fp32": 1e-6}[compute]
         assert oracle.scaled_error(linear(x), x.double() @ dense.T) < bound, (rows, n, k)
         assert torch.equal(linear.to_weight().codes, weight.codes)
 

@@ -218,9 +218,8 @@ def test_a_model_that_transformers_loads_through_bitsandbytes(tmp_path, kind):
     patched = patch(model, compute="fp32", head="float", kv_cache="fp32")
     for name, weight in expected.items():
         module = patched.get_submodule(name)
-        assert module.weight_type == ("nf4" if kind == "nf4" else "int4")
-        if kind == "nf4":
-            torch.testing.assert_close(module.dequantize(), weight, rtol=1e-6, atol=1e-7)
+        assert module.weight_type == {"nf4": "nf4", "fp4": "bnb_fp4"}[kind]
+        torch.testing.assert_close(module.dequantize(), weight, rtol=1e-6, atol=1e-7)
     assert patched(input_ids=IDS).logits.isfinite().all()
     reference = llama(**SIZES)
     assert_same_model(reference, patched, rtol=1e-3, atol=1e-3)

@@ -6,6 +6,8 @@ page, or none. Elsewhere the reads of a decode step stop at the end of every 4 K
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Iterable
 
 import torch
@@ -42,6 +44,12 @@ def gather(linears: Iterable[Int4Linear]) -> int:
     return moved + sum(map(_move, waiting.values()))
 
 
+def return_memory() -> None:
+    """Give freed pages back: glibc keeps those of middle-sized tensors, as if nothing had been freed."""
+    with contextlib.suppress(OSError, AttributeError):  # other C libraries have no such call
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _padded(size: int) -> int:
     return -(-size // LINE) * LINE
 
@@ -58,4 +66,5 @@ def _move(places: list[_Place]) -> int:
         assert old is not None
         linear._buffers[name] = slab[begin : begin + size].view(old.dtype).view(old.shape).copy_(old)
         begin += _padded(size)
+    return_memory()  # after each slab: at the end would be too late for the peak
     return used

@@ -2,7 +2,7 @@
 
 Packed weights are three tensors (see csrc/kernel.h): `weight` uint8 `[panels, lines, 64]`, `scales` float16, float32 or
 uint8 (powers of two, E8M0) `[panels, groups, 16]`, and `offsets` (uint8 zero points, or floats of the scales' type) or
-None. `weight_type` is "int4", "int8", or the name of a code book, "nf4" or "fp4".
+None. `weight_type` is "int4", "int8", or the name of a code book: "nf4", "fp4" or "bnb_fp4".
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch import Tensor
 from .errors import Int4Error
 
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
-CODEBOOKS = ("nf4", "fp4")
+CODEBOOKS = ("nf4", "fp4", "bnb_fp4")  # files of our own form hold the index: append only
 
 
 def group_spans(inputs: int, group_size: int) -> Iterator[tuple[slice, slice, int]]:
@@ -46,8 +46,9 @@ class Int4Weight:
         perm: int64 `[K]` or None. Column k of the codes belongs to column `perm[k]` of the input.
         group_size: inputs per group along the columns of the codes, or -1 for one group per row.
         bits: 4 or 8.
-        codebook: None, or the name of 16 values that 4-bit codes point to: "nf4" (QLoRA, arXiv 2305.14314) or "fp4"
-            (E2M1 of the OCP Microscaling formats). Then w = scales * value[codes], without zeros or offsets.
+        codebook: None, or the name of 16 values that 4-bit codes point to: "nf4" (QLoRA, arXiv 2305.14314), "fp4"
+            (E2M1 of the OCP Microscaling formats) or "bnb_fp4" (what bitsandbytes calls FP4).
+            Then w = scales * value[codes], without zeros or offsets.
     """
 
     codes: Tensor

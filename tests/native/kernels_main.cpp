@@ -54,7 +54,8 @@ PackedWeight shape_of(const Case& c) {
   w.type = c.type;
   w.offset = c.offset;
   w.scale_type = c.scale_type;
-  if (c.type == WeightType::kBook) w.book = find_codebook(c.rows % 2 ? "nf4" : "fp4");
+  const char* const books[] = {"nf4", "fp4", "bnb_fp4"};
+  if (c.type == WeightType::kBook) w.book = find_codebook(books[c.rows % 3]);
   w.padded_inputs = (c.in_features + kSlab - 1) / kSlab * kSlab;
   w.group = c.group == -1 || c.group > w.padded_inputs ? w.padded_inputs : c.group;
   w.groups = (w.padded_inputs + w.group - 1) / w.group;

@@ -6,7 +6,8 @@ Per linear of N outputs and K inputs, with B bits and G groups:
     scales   float [G, N]
     g_idx    int32 [K], the group of each input; without it inputs are grouped in order
 w = scale * (code - zero point). Files of version 1 store each zero point minus one: 1 is subtracted from every field
-of the word as a whole, with borrows, and added back in the same way (gptqmodel 7.7, utils/model.py).
+of the word as a whole, with borrows, and added back in the same way (gptqmodel 7.7, utils/model.py). Where a file says
+that it is symmetric, its zero points themselves show the version: optimum 2.3 writes version 1 and calls it gptq_v2.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ INTEGERS = (torch.int32, torch.int64)
 def read(
     tensors: Mapping[str, Tensor], settings: Settings, *, minus_one: bool, shape: tuple[int, int], name: str
 ) -> Int4Weight:
-    """The weight of one linear; `minus_one` says whether zero points are stored so (version 1)."""
+    """The weight of one linear; `minus_one`: zero points are stored so (version 1), unless symmetric ones tell."""
     rows, inputs = shape
     qweight = _checks.take(tensors, "qweight", name, (torch.int32,))
     bits = _bits_of(qweight, settings, shape, name)
@@ -39,7 +40,7 @@ def read(
         raise Int4Error(f"{name}.scales: must have shape [groups, {rows}], got {list(scales.shape)}")
     groups = scales.shape[0]
     size = _checks.groups_of(groups, inputs, settings.group_size, mixed=settings.mixed, name=f"{name}.scales")
-    zeros = _read_zeros(tensors, bits, (groups, rows), minus_one, name)
+    zeros = _read_zeros(tensors, bits, (groups, rows), settings.symmetric, minus_one, name)
     symmetric = bool((zeros == 1 << (bits - 1)).all())
     offset = None if symmetric else zeros
     weight = Int4Weight(codes, scales.t().contiguous(), zeros=offset, group_size=size, bits=bits)
@@ -97,12 +98,18 @@ def _bits_of(qweight: Tensor, settings: Settings, shape: tuple[int, int], name: 
     raise Int4Error(f"{name}.qweight: must have shape {want}, got {list(qweight.shape)}")
 
 
-def _read_zeros(tensors: Mapping[str, Tensor], bits: int, shape: tuple[int, int], minus_one: bool, name: str) -> Tensor:
+def _read_zeros(
+    tensors: Mapping[str, Tensor], bits: int, shape: tuple[int, int], symmetric: bool, minus_one: bool, name: str
+) -> Tensor:
     groups, rows = shape
     words = _checks.take(tensors, "qzeros", name, (torch.int32,), (groups, _bits.words_for(rows, bits)))
+    stored = _bits.trim(_bits.unpack_words(words, bits), rows, name)
+    middle = 1 << (bits - 1)
+    if symmetric and any(bool((stored == zero).all()) for zero in (middle, middle - 1)):
+        return torch.full(shape, middle, dtype=torch.uint8)
     if minus_one:
-        words = _wrapping_add(words, ONES[bits])
-    return _bits.trim(_bits.unpack_words(words, bits), rows, name).t().contiguous()
+        stored = _bits.trim(_bits.unpack_words(_wrapping_add(words, ONES[bits]), bits), rows, name)
+    return stored.t().contiguous()
 
 
 def _wrapping_add(words: Tensor, value: int) -> Tensor:

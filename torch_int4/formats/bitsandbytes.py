@@ -7,8 +7,8 @@ The weight [N, K] is flattened and cut into blocks (64 by default):
     weight.nested_absmax      fp32 [blocks / 256], weight.nested_quant_map fp32 [256]; when nested
     weight.quant_state.bitsandbytes__nf4 (or fp4)   uint8, JSON: blocksize, shape, nested_blocksize, nested_offset ...
 w = absmax * quant_map[code]; nested: absmax = nested_quant_map[code] * nested_absmax + nested_offset.
-Its FP4 is not E2M1: the smallest value is 1/192 of the largest and not 1/12, so that no kernel of ours has it; such
-weights are expanded to floats. Source: bitsandbytes 0.50, functional.py (QuantState, dequantize_4bit).
+Its FP4 is not E2M1: the smallest value is 1/192 of the largest and not 1/12.
+Source: bitsandbytes 0.50, functional.py (QuantState, dequantize_4bit).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ._safetensors import parse_json
 
 STATE = "weight.quant_state.bitsandbytes__"
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+CODEBOOK = {"nf4": "nf4", "fp4": "bnb_fp4"}
 
 
 @dataclass
@@ -68,28 +68,20 @@ class BitsAndBytes(Format):
             "weight.nested_quant_map": False,
         }
 
-    def on_grid(self, settings: Settings) -> bool:
-        """NF4; this FP4 is not E2M1."""
-        return settings.layout == "nf4"
-
     def read(
         self, tensors: Mapping[str, Tensor], settings: Settings, *, shape: tuple[int, int], name: str
     ) -> Int4Weight:
-        """See `Format.read`. FP4 is refused; `read_dense` expands it."""
-        if not self.on_grid(settings):
-            raise Int4Error(
-                f"{name}: bitsandbytes' FP4 is on no grid of our kernels (it is not E2M1); expand it to floats, or "
-                "load the float model and patch() that"
-            )
+        """See `Format.read`."""
         blocks = _read_blocks(tensors, settings, shape, name)
         size = _flat.group_size(shape[1], blocks.block, name)
         scales = _flat.per_group(blocks.absmax, shape, blocks.block, size)
-        return _checks.serve(Int4Weight(blocks.codes, scales, group_size=size, codebook="nf4"), name)
+        book = CODEBOOK[settings.layout]
+        return _checks.serve(Int4Weight(blocks.codes, scales, group_size=size, codebook=book), name)
 
     def read_dense(
         self, tensors: Mapping[str, Tensor], settings: Settings, *, shape: tuple[int, int], name: str
     ) -> Tensor:
-        """fp32 `[N, K]`, for both code books."""
+        """fp32 `[N, K]`, for rows and blocks of any size."""
         blocks = _read_blocks(tensors, settings, shape, name)
         values = _codebook(settings.layout)[blocks.codes.long()].view(-1)
         magnitudes = blocks.absmax.repeat_interleave(blocks.block)[: values.numel()]
@@ -100,11 +92,11 @@ class BitsAndBytes(Format):
         return type(getattr(module, "weight", None)).__name__ == "Params4bit"
 
     def convert_module(self, module: nn.Module, *, name: str) -> Int4Weight | None:
-        """See `Format.convert_module`; None for FP4."""
+        """A `Linear4bit`."""
         if not self.holds(module):
             return None
         tensors, settings, shape = _module_tensors(module, name)
-        return None if settings.layout != "nf4" else self.read(tensors, settings, shape=shape, name=name)
+        return self.read(tensors, settings, shape=shape, name=name)
 
     def dense_module(self, module: nn.Module, *, name: str) -> Tensor | None:
         """A `Linear4bit` in NF4 or FP4."""
@@ -115,10 +107,8 @@ class BitsAndBytes(Format):
 
 
 def _codebook(kind: str) -> Tensor:
-    if kind == "nf4":
-        values: Tensor = torch.ops.torch_int4.codebook("nf4")
-        return values
-    return torch.tensor([sign * value for sign in (1.0, -1.0) for value in FP4_TWELFTHS]) / 12
+    values: Tensor = torch.ops.torch_int4.codebook(CODEBOOK[kind])
+    return values
 
 
 def _read_blocks(tensors: Mapping[str, Tensor], settings: Settings, shape: tuple[int, int], name: str) -> _Blocks:
