@@ -4,7 +4,7 @@ from calibrating import KINDS, product_error, rows, statistics, weights
 
 from torch_int4 import Int4Config, Int4Error
 from torch_int4.recipes import gptq, rtn
-from torch_int4.recipes._block import Inputs
+from torch_int4.recipes._block import FIRST, Inputs, row_factors
 from torch_int4.recipes._grid import Grid
 
 
@@ -173,3 +173,31 @@ def test_a_row_of_enormous_energy_does_not_drown_all_others():
     got = product_error(w, gptq.quantize(w, config, inputs=statistics(spoiled)), x)
     assert got < 1.5 * want
     assert statistics(x.zero_()).gram.count_nonzero() == 0
+
+
+def test_the_first_row_of_a_window_keeps_its_product():
+    """It is one of many, in a direction of its own, and every other token reads it."""
+    windows = rows(count=800).view(8, 100, 200)
+    windows[:, 0] = torch.randn(200, generator=torch.Generator().manual_seed(5))
+    w, config = weights(), Int4Config(recipe="gptq", group_size=64)
+    inputs = Inputs(200)
+    inputs.add(windows)
+    balanced = gptq.quantize(w, config, inputs=inputs)
+    plain = gptq.quantize(w, config, inputs=statistics(windows.view(-1, 200)))
+    first, rest = windows[:1, 0], windows[:, 1:].reshape(-1, 200)
+    assert product_error(w, balanced, first) < 0.5 * product_error(w, plain, first)
+    assert product_error(w, balanced, rest) < 1.2 * product_error(w, plain, rest)
+
+
+@pytest.mark.parametrize("energy", [1e-3, 1.0, 1e5])
+def test_first_rows_count_alike_whatever_their_energy(energy):
+    windows = rows(count=400).view(4, 100, 200)
+    windows[:, 0] *= energy**0.5
+    balanced = windows * row_factors(windows)
+    assert torch.allclose(balanced[:, 0].square().sum(), FIRST * balanced[:, 1:].square().sum(), rtol=1e-4)
+    assert torch.equal(balanced[:, 1:], windows[:, 1:])
+
+
+def test_windows_without_energy_or_of_one_row_are_left_as_they_are():
+    for windows in (torch.zeros(2, 5, 8), torch.ones(6, 1, 8), torch.ones(6, 8)):
+        assert torch.equal(row_factors(windows), torch.ones(*windows.shape[:-1], 1))

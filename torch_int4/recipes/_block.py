@@ -10,14 +10,31 @@ from torch import Tensor, nn
 
 from ..folding import Fold, is_transposed
 
-ENERGY = 100.0  # times the median of its batch: the most that a row counts in the Gram matrix
+ENERGY = 100.0  # times the median of its batch: the most that a row counts
+FIRST = 0.1  # what the first rows of all windows count together, relative to all other rows
+
+
+def row_factors(x: Tensor) -> Tensor:
+    """Factors `[..., 1]` that balance the rows of activations x `[rows, K]` or `[windows, T, K]`.
+
+    Models put what attention finds no better use for on the first token, an attention sink (arXiv 2309.17453), which
+    all tokens read. In some layers its row has 10⁵ times the energy of others, and nothing else would count in a sum of
+    squares; in others it is one ordinary row of a thousand, in a direction of its own, and least squares gives it up.
+    """
+    energy = x.square().sum(-1, keepdim=True)
+    factors = (ENERGY * energy.median() / energy).sqrt_().clamp_(max=1.0).nan_to_num_(1.0)
+    if x.dim() > 2 and x.shape[-2] > 1:
+        rest = (energy * factors.square())[..., 1:, :].sum()
+        first = (FIRST * rest / energy[..., 0, :].sum()).sqrt_()
+        factors[..., 0, :] = first.nan_to_num_(1.0, posinf=1.0)
+    return factors
 
 
 class Inputs:
     """Statistics of one input, which several linears may share.
 
     Attributes:
-        gram: fp32 `[K, K]`, the sum of x xᵀ over all rows x, those of far more than usual energy scaled down.
+        gram: fp32 `[K, K]`, the sum of x xᵀ over all rows x, which `row_factors` has balanced.
         rows: how many rows there were.
         abs_sum: fp32 `[K]`, the sum of |x|.
         abs_max: fp32 `[K]`, the largest |x|.
@@ -30,17 +47,14 @@ class Inputs:
         self.cache: dict[object, object] = {}  # what stages derive from the Gram matrix, shared by the linears
 
     def add(self, x: Tensor) -> None:
-        """Count the rows of x `[..., K]`."""
-        x = x.detach().reshape(-1, x.shape[-1]).float()
-        if x.shape[0] == 0:
+        """Count the rows of x `[rows, K]`, or `[windows, T, K]`, windows that begin where a text does."""
+        x = x.detach().float()
+        if x.numel() == 0:
             return
+        balanced = (x * row_factors(x)).reshape(-1, x.shape[-1])
+        self.gram.addmm_(balanced.t(), balanced)
+        x = x.reshape(-1, x.shape[-1])
         magnitude = x.abs()
-        # In some layers the first token of a text has 10⁵ times the energy of others (an attention sink). A norm takes
-        # that out afterwards, while in a sum of squares nothing else would count.
-        energy = x.square().sum(1, keepdim=True)
-        factor = (ENERGY * energy.median() / energy).sqrt_().clamp_(max=1.0).nan_to_num_(1.0)
-        limited = x if bool((factor == 1).all()) else x * factor
-        self.gram.addmm_(limited.t(), limited)
         self.abs_sum += magnitude.sum(0)
         torch.maximum(self.abs_max, magnitude.amax(0), out=self.abs_max)
         self.rows += x.shape[0]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..config import Int4Config
 from ..folding import Fold
 from ..weight import Int4Weight, group_spans
-from ._block import Block, Linear
+from ._block import Block, Linear, row_factors
 from ._grid import Grid, round_fp16
 from .rtn import pack_up
 
@@ -162,7 +162,7 @@ def train(
         clamp: brings the leaves back into their ranges after each step.
 
     Returns:
-        The mean squared error of the block's output before, and that of the best state.
+        The mean squared error of the block's output (rows balanced) before, and that of the best state.
     """
     leaves = [leaf for group in groups for leaf in group]
     held = [p for p in block.module.parameters() if p.requires_grad]
@@ -200,7 +200,7 @@ def _step(
 ) -> None:
     batch = int(torch.randint(block.batches, (1,), generator=block.generator))
     with torch.enable_grad():
-        loss = F.mse_loss(block.run(batch, parameters()), block.targets(batch))
+        loss = _distance(block.run(batch, parameters()), block.targets(batch))
         loss.backward()
     for optimizer, rate in zip(optimizers, schedule.rates, strict=True):
         for group in optimizer.param_groups:
@@ -209,9 +209,15 @@ def _step(
         optimizer.zero_grad(set_to_none=True)
 
 
+def _distance(output: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of rows that `row_factors` has balanced."""
+    factors = row_factors(target)
+    return F.mse_loss(output * factors, target * factors)
+
+
 @torch.no_grad()
 def _error(block: Block, parameters: Callable[[], dict[str, Tensor]], batches: range) -> float:
     now = parameters()
-    errors = [F.mse_loss(block.run(batch, now), block.targets(batch)).item() for batch in batches]
+    errors = [_distance(block.run(batch, now), block.targets(batch)).item() for batch in batches]
     mean = sum(errors) / len(errors)
     return mean if mean == mean else float("inf")
