@@ -33,8 +33,9 @@ def _fuse_module(module: nn.Module, layout: BlockLayout) -> bool:
     if attention is None or mlp is None or None in norms or "forward" in module.__dict__:
         return False
     from ..attention import FusedAttention
-    from ..block import ACTIVATIONS, FusedBlock
+    from ..block import FusedBlock
     from ..block_layout import KnownBlock
+    from ..block_parts import ACTIVATIONS
     from ..subclass import mix_in
 
     if isinstance(module, FusedBlock) or not isinstance(attention, FusedAttention):

@@ -104,7 +104,7 @@ def assert_near(got, want, tolerance):
 
 
 class Calls(TorchDispatchMode):
-    """Counts calls of our operators."""
+    """Counts calls of our operators that compute."""
 
     def __init__(self):
         super().__init__()
@@ -113,9 +113,9 @@ class Calls(TorchDispatchMode):
     @property
     def attended(self):
         """Layers whose attention ran in our operators."""
-        return self.counts["attention"] + self.counts["decoder_layer"]
+        return sum(self.counts[name] for name in ("attention", "decoder_layer", "prepared_decoder_layer"))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "torch_int4":
+        if func.namespace == "torch_int4" and not func._opname.startswith(("prepare_", "release_")):
             self.counts[func._opname] += 1
         return func(*args, **(kwargs or {}))

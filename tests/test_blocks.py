@@ -18,7 +18,8 @@ from torch_int4.patches import _block, families
 CLOSE = 2e-3
 BLOCKS = [name for name in FUSED if families.resolve(family_of(name)).blocks]
 STEPS = ("norm_linears", "linear_add", "mlp")
-OPERATORS = (*STEPS, "decoder_layer")
+WHOLE = ("decoder_layer", "prepared_decoder_layer")
+OPERATORS = (*STEPS, *WHOLE)
 
 
 def unfused(name, **options):
@@ -32,7 +33,7 @@ def fused_layers(action):
         result = action()
     counts = {calls.counts[name] for name in STEPS}
     assert len(counts) == 1
-    return result, counts.pop() + calls.counts["decoder_layer"]
+    return result, counts.pop() + sum(calls.counts[name] for name in WHOLE)
 
 
 def test_families_that_are_fused():
@@ -57,7 +58,7 @@ def test_layers_that_are_fused(name):
 def test_a_layer_is_one_operator_call_and_five_with_other_caches(name):
     patched, _ = pair(name, head="float")
     steps = dict.fromkeys((*STEPS, "rotary_append", "attention"), 2)
-    for cache, wanted in ((Int4Cache(), {"decoder_layer": 2}), (DynamicCache(), steps)):
+    for cache, wanted in ((Int4Cache(), {"prepared_decoder_layer": 2}), (DynamicCache(), steps)):
         with torch.no_grad(), Calls() as calls:
             patched(prompt(), past_key_values=cache)
             assert calls.counts == wanted
@@ -68,9 +69,11 @@ def test_a_layer_is_one_operator_call_and_five_with_other_caches(name):
 def assert_same_in_steps(monkeypatch, model, *inputs):
     """Whole layers and their steps give the same bits, with a cache that they fill."""
     results = []
-    for run in (block._run_whole, block._run_steps):
+    for in_steps in (False, True):
         with torch.no_grad(), monkeypatch.context() as patching:
-            patching.setattr(block, "_run_whole", run)
+            if in_steps:
+                patching.setattr(block, "_run_prepared", lambda *args: None)
+                patching.setattr(block, "_run_whole", lambda layer, *args: block._run_steps(*args))
             cache = Int4Cache(model.config, dtype=model.torch_int4_report.config.kv_cache)
             results.append([model(**each, past_key_values=cache).logits for each in inputs])
             layer = cache.layers[1]
@@ -176,6 +179,8 @@ def test_hooks_inside_a_layer_are_called(path):
     patched, plain = pair("llama")[0], unfused("llama")
     results = []
     for model in (patched, plain):
+        with torch.no_grad():
+            model(prompt())
         module = model.model.layers[1].get_submodule(path)
         double = [module.register_forward_hook(lambda m, a, y: y if isinstance(y, tuple) else 2 * y)]
         double.append(module.register_forward_pre_hook(lambda m, a, k: (tuple(3 * x for x in a), k), with_kwargs=True))
@@ -192,6 +197,8 @@ def test_adapters_inside_a_layer_are_called(path):
     patched, plain = pair("llama")[0], unfused("llama")
     results = []
     for model in (patched, plain):
+        with torch.no_grad():
+            model(prompt())
         parent, _, attribute = path.rpartition(".")
         parent = model.model.layers[0].get_submodule(parent)
         setattr(parent, attribute, Doubled(getattr(parent, attribute)))

@@ -79,9 +79,10 @@ class FusedAttention(StockAttention):
             query, key, value = grouped[..., :-2, :].flatten(2, 3), grouped[..., -2, :], grouped[..., -1, :]
         return query, key, value
 
-    def kv_heads(self) -> int:
-        """Heads of keys and values."""
-        return _kv_heads(self, self.torch_int4_data)
+    def kv_sizes(self) -> tuple[int, int]:
+        """Heads of keys and values, and the size of a head."""
+        layout = self.torch_int4_data
+        return _kv_heads(self, layout), getattr(self, layout.head_dim)
 
     def rotation(self, kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None, dict[str, Any]]:
         """Cosines and sines `[batch or 1, tokens, rotated features or half of them]`, and how they rotate."""

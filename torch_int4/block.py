@@ -7,40 +7,17 @@ stock layer would.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.module import _has_any_global_hook
 
-from torch_int4.attention import FLOATS, FusedAttention
 from torch_int4.block_layout import BlockLayout, KnownBlock
+from torch_int4.block_parts import Parts, agree, find_parts
 from torch_int4.cache import Int4Cache
 from torch_int4.calls import call
-from torch_int4.linear import Int4Linear
+from torch_int4.prepared import PreparedLayer, layers, watch
 from torch_int4.subclass import Mixin
-
-# Classes of activations by what the operators call them.
-ACTIVATIONS = {
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-    "GELUActivation": "gelu",
-    "GELUTanh": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",
-    "NewGELUActivation": "gelu_tanh",
-}
-
-
-class Parts(NamedTuple):
-    """The modules of a layer that the operators can run."""
-
-    layout: BlockLayout
-    attention: Any
-    norms: list[Any]
-    head_norms: list[Any] | None  # None where they have to be called
-    linears: list[Any]  # projections, output, gate, up, down
-    activation: str
 
 
 class FusedBlock(Mixin):
@@ -50,110 +27,27 @@ class FusedBlock(Mixin):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """`[batch, tokens, features]` to the same."""
-        parts = None if args else find_parts(self, hidden_states, kwargs)
-        if parts is None:
-            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
-        inner = parts.attention.torch_int4_data
-        cache = kwargs.get(inner.cache)
         # Not where a graph is made of it: inductor would compute masks and angles again for the next layer, from a
         # length that this one has advanced.
-        whole = isinstance(cache, Int4Cache) and not torch.compiler.is_compiling()
-        whole = whole and parts.head_norms is not None and _agree(parts.linears)
-        output = (_run_whole if whole else _run_steps)(parts, hidden_states, kwargs)
-        return (output, None) if parts.layout.returns_weights else output
+        compiling = torch.compiler.is_compiling()
+        output = None if compiling or args else _run_prepared(self, hidden_states, kwargs)
+        if output is None:
+            parts = None if args else find_parts(self, hidden_states, kwargs)
+            if parts is None:
+                if not compiling:
+                    layers.pop(self, None)  # it may hold weights that nothing else does
+                return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+            whole = not compiling and isinstance(kwargs.get(parts.attention.torch_int4_data.cache), Int4Cache)
+            whole = whole and parts.head_norms is not None and agree(parts.linears)
+            if whole:
+                output = _run_whole(self, parts, hidden_states, kwargs)
+            else:
+                output = _run_steps(parts, hidden_states, kwargs)
+        return (output, None) if self.torch_int4_data.layout.returns_weights else output
 
     def extra_repr(self) -> str:
         """What `print(model)` adds."""
         return "fused by torch_int4"
-
-
-def find_parts(block: Any, x: Tensor, kwargs: dict[str, Any]) -> Parts | None:
-    """The modules of a layer, if the operators give what it would for x and these arguments of `forward`.
-
-    Everything in it may have changed since it was patched, and this runs for every layer and token: plain loops, no
-    generators.
-    """
-    known: KnownBlock = block.torch_int4_data
-    layout, modules = known.layout, block._modules
-    attention: Any = modules.get(layout.attention)
-    mlp: Any = modules.get(layout.mlp)
-    if not _is_fused(attention) or type(mlp) is not known.mlp or x.dtype not in FLOATS:
-        return None
-    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block.parameters())):
-        return None
-    inner, inside = attention.torch_int4_data, mlp._modules
-    norms = [modules.get(name) for name in layout.norms]
-    activation = inside.get(layout.activation)
-    kind = ACTIVATIONS.get(type(activation).__name__)
-    linears = [attention._modules.get(name) for name in inner.children[: len(inner.linears) + 1]]
-    linears += [inside.get(name) for name in layout.linears]
-    if kind is None or not _are_norms(norms, known, norms[0], x) or not _are_plain(linears, Int4Linear):
-        return None
-    if _has_any_global_hook() or block.training or mlp.training or _are_hooked((attention, mlp, activation)):
-        return None
-    if not _are_shared(linears, len(inner.linears), layout) or not attention.serves(x, kwargs):
-        return None
-    head_norms: list[Any] | None = [attention._modules.get(name) for name in inner.norms or ()]
-    if head_norms and not _are_norms(head_norms, known, norms[0], x):
-        head_norms = None
-    return Parts(layout, attention, norms, head_norms, linears, kind)
-
-
-def _is_fused(attention: Any) -> bool:
-    return isinstance(attention, FusedAttention)
-
-
-def _are_hooked(modules: Sequence[Any]) -> bool:
-    """Whether calling one of these does more than its class says."""
-    for module in modules:
-        fields = module.__dict__
-        if fields["_forward_hooks"] or fields["_forward_pre_hooks"] or "forward" in fields:
-            return True
-    return False
-
-
-def _are_plain(modules: Sequence[Any], kind: type) -> bool:
-    for module in modules:
-        if type(module) is not kind:
-            return False
-    return not _are_hooked(modules)
-
-
-def _are_norms(norms: Any, known: KnownBlock, like: Any, x: Tensor) -> bool:
-    """Whether these are the norms that we know, as yet, and agree with one of them."""
-    if not _are_plain(norms, known.norm):
-        return False
-    name, dtype = known.layout.eps, x.dtype
-    eps = getattr(like, name)
-    for norm in norms:  # noqa: SIM110 (a generator takes twice as long)
-        if norm._parameters["weight"].dtype != dtype or getattr(norm, name) != eps:
-            return False
-    return True
-
-
-def _are_shared(linears: list[Any], projections: int, layout: BlockLayout) -> bool:
-    """Whether linears with one input can take it in one form, and those of the MLP agree."""
-    first, mlp = linears[0], linears[projections + 1 :]
-    if not _agree(linears) and not (_agree(linears[:projections]) and _agree(mlp)):
-        return False
-    for other in linears[1:projections]:
-        if not _same_perm(first, other):
-            return False
-    return layout.gate is None or _same_perm(mlp[0], mlp[1])
-
-
-def _agree(linears: list[Any]) -> bool:
-    first = linears[0]
-    group, compute, kind = first.group_size, first.compute, first.weight_type
-    for m in linears:  # noqa: SIM110
-        if m.group_size != group or m.compute != compute or m.weight_type != kind:
-            return False
-    return True
-
-
-def _same_perm(a: Any, b: Any) -> bool:
-    """Linears were compared when they were merged."""
-    return a._buffers["perm"] is b._buffers["perm"] or (a._shared is not None and a._shared is b._shared)
 
 
 def _packed(linears: list[Any]) -> tuple[list[Any], ...]:
@@ -177,39 +71,84 @@ def _norm_options(layout: BlockLayout, norm: Any) -> dict[str, Any]:
     return {"norm": layout.norm, "eps": getattr(norm, layout.eps), "norm_offset": layout.norm_offset}
 
 
-def _run_whole(parts: Parts, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    layout, attention, norms, head_norms, linears, activation = parts
-    inner = attention.torch_int4_data
-    projections, size = len(inner.linears), getattr(attention, inner.head_dim)
-    layer = kwargs[inner.cache].layer(attention.layer_idx)
-    layer.reserve(x, attention.kv_heads(), size)
+def _run_prepared(block: Any, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+    """The output of a layer that was prepared, if nothing has changed and the cache is ours."""
+    layer = layers.get(block)
+    if layer is None or not isinstance(kwargs.get(layer.cache), Int4Cache) or not layer.serves(block, x, kwargs):
+        return None
+    return layer.run(x, kwargs)
+
+
+def _run_whole(block: Any, parts: Parts, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """The output of a layer with our cache. Where no gradients are recorded it is prepared for the next time."""
+    if not torch.is_grad_enabled() and type(x) is Tensor:
+        layers[block] = layer = _prepare(block, parts, x)
+        return layer.run(x, kwargs)
+    attention = parts.attention
+    cache = kwargs[attention.torch_int4_data.cache].layer(attention.layer_idx)
+    cache.reserve(x, *attention.kv_sizes())
     cos, sin, rotary = attention.rotation(kwargs)
     output: Tensor = call(
         torch.ops.torch_int4.decoder_layer.default,
         x,
-        [norm._parameters["weight"] for norm in norms],
-        [norm._parameters.get("bias") for norm in norms],
-        [norm._parameters["weight"] for norm in head_norms or ()],
-        *_packed(linears),
-        [m._buffers["perm"] for m in linears],
-        cos,
-        sin,
-        layer.keys,
-        layer.values,
-        layer.key_scales,
-        layer.value_scales,
-        layer.length,
-        kwargs.get("attention_mask"),
-        activation=activation,
-        projections=projections,
-        parallel_residual=layout.parallel,
-        **_options(linears),
-        **_norm_options(layout, norms[0]),
+        **_arguments(parts),
+        cos=cos,
+        sin=sin,
+        key_cache=cache.keys,
+        value_cache=cache.values,
+        key_scales=cache.key_scales,
+        value_scales=cache.value_scales,
+        length=cache.length,
+        mask=kwargs.get("attention_mask"),
         **rotary,
         **attention.scoring(),
     )
-    layer.advance(x.shape[1])
+    cache.advance(x.shape[1])
     return output
+
+
+def _arguments(parts: Parts) -> dict[str, Any]:
+    """What operators of whole layers are told of one, besides its input, positions and cache."""
+    layout, norms, linears = parts.layout, parts.norms, parts.linears
+    weights, scales, offsets, biases = _packed(linears)
+    return {
+        "norm_weights": [norm._parameters["weight"] for norm in norms],
+        "norm_biases": [norm._parameters.get("bias") for norm in norms],
+        "head_norms": [norm._parameters["weight"] for norm in parts.head_norms or ()],
+        "weights": weights,
+        "scales": scales,
+        "offsets": offsets,
+        "biases": biases,
+        "perms": [m._buffers["perm"] for m in linears],
+        "activation": parts.activation,
+        "projections": len(parts.attention.torch_int4_data.linears),
+        "parallel_residual": layout.parallel,
+        **_options(linears),
+        **_norm_options(layout, norms[0]),
+    }
+
+
+def _prepare(block: Any, parts: Parts, x: Tensor) -> PreparedLayer:
+    layout, attention, linears = parts.layout, parts.attention, parts.linears
+    inner, mlp = attention.torch_int4_data, block._modules[layout.mlp]
+    norms = [*parts.norms, *(parts.head_norms or ())]
+    watched = watch(block._modules, layout.attention, layout.mlp, *layout.norms)
+    watched += watch(attention._modules, *inner.children)
+    watched += watch(mlp._modules, layout.activation, *layout.linears)
+    for linear in linears:
+        watched += watch(linear._buffers, "packed", "perm") + watch(linear._parameters, "bias")
+        watched += watch(vars(linear), "compute")
+    for norm in norms:
+        watched += watch(norm._parameters, "weight", "bias") + watch(vars(norm), layout.eps)
+    return PreparedLayer(
+        attention,
+        mlp,
+        [mlp._modules[layout.activation], *norms, *linears],
+        watched,
+        [norm._parameters["weight"] for norm in norms],
+        x.dtype,
+        {**_arguments(parts), "interleaved": inner.interleaved},
+    )
 
 
 def _run_steps(parts: Parts, x: Tensor, kwargs: dict[str, Any]) -> Tensor:

@@ -33,6 +33,14 @@ are that before attention and that before the MLP; with `parallel_residual` the 
 there may be one norm for both. `head_norms` are the weights of two more of the same kind, `[head size]`, for each head
 of the queries and of the keys before the rotation, or empty.
 
+`prepare_decoder_layer(norm_weights, norm_biases, head_norms, weights, scales, offsets, biases, perms, *,
+out_features, group_size, weight_type="int4", compute="int8", activation="silu", norm="rms", eps=1e-6,
+norm_offset=0.0, projections=3, parallel_residual=False, interleaved=False, kv_heads, head_size, value_size) -> int`
+checks all of a layer that stays the same and keeps it, under the number that it returns.
+`prepared_decoder_layer(x, layer, cos, sin, key_cache, value_cache, key_scales, value_scales, length, mask,
+rotary_dim, scale, softcap) -> Tensor` is `decoder_layer` of layer number `layer`; norms and biases may be written to
+in between. `release_decoder_layer(layer)` forgets it. Without shapes for `torch.compile`, as graphs take none of them.
+
 All raise `RuntimeError` naming the argument that does not fit.
 """
 

@@ -21,7 +21,7 @@ from ._block import Inputs
 from ._grid import Grid
 
 NEEDS_INPUTS = True
-DAMPING = 0.05  # share of the mean of diag(H) that is added to it
+DAMPING = 0.01  # share of the mean of diag(H) that is added to it
 COLUMNS = 128
 DOUBLE = 4096  # up to so many inputs the inverse is computed in fp64, beyond only where fp32 does not do
 
