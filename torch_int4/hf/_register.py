@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
-import importlib.util
-import sys
-from collections.abc import Mapping, Sequence
-from types import ModuleType
+from collections.abc import Mapping
 from typing import Any
 
+from ..after_import import after_import
 from ..config import Int4Config
 
 WATCHED = "transformers.quantizers.auto"
@@ -18,32 +14,7 @@ OTHERS = "compressed-tensors"  # what we save says this, so that stock loaders r
 
 def install() -> None:
     """Register now if transformers' list of quantizers is loaded, else when it will be."""
-    if WATCHED in sys.modules:
-        _register(sys.modules[WATCHED])
-    elif not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Watcher())
-
-
-class _Watcher(importlib.abc.MetaPathFinder):
-    """Sees one module being imported, and adds to it once it has run."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        """Finds the watched module as everyone else would, with a step after it."""
-        if fullname != WATCHED:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            run = spec.loader.exec_module
-
-            def run_and_register(module: ModuleType) -> None:
-                run(module)
-                _register(module)
-
-            spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
-        return spec
+    after_import(WATCHED, _register)
 
 
 class _Int4:
