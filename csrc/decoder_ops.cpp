@@ -30,7 +30,7 @@ Tensor decoder_layer_op(const Tensor& x, std::vector<Tensor> norm_weights, std::
   return run_layer(p, x, state, rotary_dim, scale, softcap);
 }
 
-// PreparedLayer layers by their numbers, from 1 up.
+// Prepared layers by their numbers, from 1 up.
 class Registry {
  public:
   int64_t add(std::shared_ptr<const PreparedLayer> layer) {

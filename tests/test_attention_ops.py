@@ -1,4 +1,4 @@
-"""rotary_append and attention against plain PyTorch, for every kernel set that runs here."""
+"""attention against plain PyTorch, for every kernel set that runs here."""
 
 from __future__ import annotations
 
@@ -8,49 +8,14 @@ from typing import Any
 import attention_oracle
 import pytest
 import torch
+from attention_problems import CACHES, FLOATS, append_problem, problem, refuses, states
 from torch import Tensor
 
 from torch_int4 import Int4Error
 
 OPS = torch.ops.torch_int4
-FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-CACHES = [*FLOATS, torch.int8]
 # Relative error of a result: float32 arithmetic, then rounding to the type of the query.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-
-
-def states(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def cache(batch: int, heads: int, keys: int, dim: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor | None]:
-    """Keys or values of a type, and the scales of int8."""
-    x = states(batch, heads, keys, dim, seed=seed)
-    if dtype != torch.int8:
-        return x.to(dtype), None
-    scales = x.abs().amax(-1) / 127
-    return (x / scales[..., None]).round().to(torch.int8), scales
-
-
-def problem(
-    batch: int = 1,
-    tokens: int = 1,
-    heads: int = 4,
-    kv_heads: int = 2,
-    dim: int = 64,
-    keys: int = 129,
-    *,
-    value_dim: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    cache_dtype: torch.dtype = torch.float32,
-) -> dict[str, Any]:
-    key, key_scales = cache(batch, kv_heads, keys, dim, cache_dtype, 1)
-    value, value_scales = cache(batch, kv_heads, keys, value_dim or dim, cache_dtype, 2)
-    return {
-        "query": states(batch, tokens, heads, dim, dtype=dtype), "key": key, "value": value,
-        "key_scales": key_scales, "value_scales": value_scales, "length": None, "mask": None, "alibi_slopes": None,
-        "scale": dim**-0.5, "causal": True,
-    }  # fmt: skip
 
 
 def check(arguments: dict[str, Any]) -> Tensor:
@@ -235,157 +200,11 @@ def test_a_batch_gives_the_bits_of_each_sequence(isa: str) -> None:
         assert torch.equal(OPS.attention(**alone), y[b : b + 1])
 
 
-# --- rotary_append ---------------------------------------------------------------------------------------------------
-
-
-def append_problem(
-    batch: int = 2,
-    tokens: int = 3,
-    heads: int = 4,
-    kv_heads: int = 2,
-    dim: int = 64,
-    *,
-    value_dim: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    cache_dtype: torch.dtype = torch.float32,
-    length: int = 5,
-    capacity: int = 16,
-    rotary_dim: int | None = None,
-    angle_dtype: torch.dtype = torch.float32,
-) -> dict[str, Any]:
-    value_dim = value_dim or dim
-    rotary_dim = dim if rotary_dim is None else rotary_dim
-    angles = states(batch, tokens, max(rotary_dim // 2, 1), seed=5) * 10
-    full = torch.cat((angles, angles), -1)
-
-    def empty(size: int) -> Tensor:
-        return torch.full((batch, kv_heads, capacity, size), 77).to(cache_dtype)
-
-    scales = [torch.full((batch, kv_heads, capacity), 77.0) if cache_dtype == torch.int8 else None for _ in range(2)]
-    return {
-        "query": states(batch, tokens, heads, dim, dtype=dtype, seed=1),
-        "key": states(batch, tokens, kv_heads, dim, dtype=dtype, seed=2),
-        "value": states(batch, tokens, kv_heads, value_dim, dtype=dtype, seed=3),
-        "cos": full.cos().to(angle_dtype) if rotary_dim else None,
-        "sin": full.sin().to(angle_dtype) if rotary_dim else None,
-        "key_cache": empty(dim), "value_cache": empty(value_dim), "key_scales": scales[0], "value_scales": scales[1],
-        "length": torch.tensor([length]), "rotary_dim": rotary_dim,
-    }  # fmt: skip
-
-
-def stored(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """x [B, T, H, D] as a cache of that type holds it, [B, H, T, D], and the scales."""
-    x = x.transpose(1, 2).float()
-    if dtype == torch.float16:
-        return x.clamp(-65504, 65504).half(), None
-    if dtype != torch.int8:
-        return x.to(dtype), None
-    scales = x.abs().amax(-1) / 127
-    codes = (x / scales[..., None]).round().nan_to_num().to(torch.int8)
-    return codes, scales
-
-
-def check_append(arguments: dict[str, Any]) -> None:
-    before = {n: t.clone() for n, t in arguments.items() if isinstance(t, Tensor)}
-    rotated = OPS.rotary_append(**arguments)
-    angles = (arguments["cos"], arguments["sin"], arguments["rotary_dim"], arguments.get("interleaved", False))
-    query, key = arguments["query"], arguments["key"]
-    if arguments["rotary_dim"]:
-        query, key = (attention_oracle.rotate(x, *angles) for x in (query, key))
-    assert rotated.dtype == query.dtype
-    assert rotated.is_contiguous()
-    assert torch.equal(rotated, query)
-    start, tokens = int(before["length"]), query.shape[1]
-    assert int(arguments["length"]) == start + tokens
-    for name, x in (("key", key), ("value", arguments["value"])):
-        got = arguments[f"{name}_cache"]
-        expected, scales = stored(x, got.dtype)
-        inside = got[:, :, start : start + tokens]
-        if scales is None:
-            assert torch.equal(inside, expected)
-        else:
-            torch.testing.assert_close(arguments[f"{name}_scales"][:, :, start : start + tokens], scales)
-            assert (inside.int() - expected.int()).abs().max() <= 1
-            assert (inside == expected).double().mean() > 0.9  # ties between two codes
-        for rest in (slice(0, start), slice(start + tokens, None)):
-            assert torch.equal(got[:, :, rest], before[f"{name}_cache"][:, :, rest])
-
-
-@pytest.mark.parametrize("cache_dtype", CACHES, ids=str)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_append(isa: str, dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
-    for tokens, dim, value_dim in ((1, 64, 64), (3, 80, 64), (2, 20, 33), (9, 128, 128), (1, 6, 1)):
-        for interleaved in (False, True):
-            arguments = append_problem(
-                tokens=tokens, dim=dim, value_dim=value_dim, dtype=dtype, cache_dtype=cache_dtype, angle_dtype=dtype
-            )
-            check_append({**arguments, "interleaved": interleaved})
-
-
-@pytest.mark.parametrize("rotary_dim", [0, 2, 16, 34, 50])
-def test_partial_rotation(isa: str, rotary_dim: int) -> None:
-    for interleaved, half in itertools.product((False, True), (False, True)):
-        arguments = append_problem(dim=50, rotary_dim=rotary_dim)
-        if rotary_dim and half:
-            arguments.update({n: arguments[n][:1, :, : rotary_dim // 2] for n in ("cos", "sin")})
-        check_append({**arguments, "interleaved": interleaved})
-
-
-def test_append_of_views_of_a_fused_projection(isa: str) -> None:
-    for dtype in FLOATS:
-        fused = states(2, 3, 8, 64, dtype=dtype)
-        query, key, value = fused.split((4, 2, 2), 2)
-        check_append({**append_problem(dtype=dtype), "query": query, "key": key, "value": value})
-
-
-def test_float16_caches_are_clamped(isa: str) -> None:
-    arguments = append_problem(cache_dtype=torch.float16)
-    arguments["key"] *= 1e6
-    arguments["value"] *= 1e6
-    check_append(arguments)
-    assert arguments["key_cache"].isfinite().all()
-
-
-def test_nan_stays_in_its_token_of_an_int8_cache(isa: str) -> None:
-    for bad in (torch.nan, torch.inf):
-        arguments = append_problem(cache_dtype=torch.int8)
-        arguments["value"][1, 1, 0, 3] = bad
-        OPS.rotary_append(**arguments)
-        scales = arguments["value_scales"]
-        assert scales[1, 0, 6].isnan()
-        assert scales.isnan().sum() == 1
-        assert not arguments["key_scales"].isnan().any()
-
-
-def test_appending_token_by_token_is_appending_all(isa: str) -> None:
-    together = append_problem(1, 6, cache_dtype=torch.bfloat16, length=0)
-    alone = append_problem(1, 6, cache_dtype=torch.bfloat16, length=0)
-    expected = OPS.rotary_append(**together)
-    for t in range(6):
-        step = {n: alone[n][:, t : t + 1] for n in ("query", "key", "value", "cos", "sin")}
-        assert torch.equal(OPS.rotary_append(**{**alone, **step}), expected[:, t : t + 1])
-    assert torch.equal(alone["key_cache"], together["key_cache"])
-    assert torch.equal(alone["value_cache"], together["value_cache"])
-
-
-def test_a_full_cache_is_an_error_and_stays_as_it_was() -> None:
-    arguments = append_problem(tokens=3, length=14, capacity=16)
-    before = arguments["key_cache"].clone()
-    with pytest.raises(RuntimeError, match=r"holds 14 of 16 tokens \(its capacity\); 3 more do not fit"):
-        OPS.rotary_append(**arguments)
-    assert torch.equal(arguments["key_cache"], before)
-    assert int(arguments["length"]) == 14
-
-
-# --- PyTorch's view of the operators ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8], ids=str)
 def test_opcheck(cache_dtype: torch.dtype) -> None:
     for tokens in (1, 20):
         arguments = problem(2, tokens, 4, 2, 20, 33, value_dim=24, dtype=torch.bfloat16, cache_dtype=cache_dtype)
         torch.library.opcheck(OPS.attention.default, (), {**arguments, "length": torch.tensor([30])})
-    torch.library.opcheck(OPS.rotary_append.default, (), append_problem(cache_dtype=cache_dtype))
 
 
 def test_attention_refuses_gradients() -> None:
@@ -409,61 +228,33 @@ def test_compile_without_graph_breaks() -> None:
     assert int(traced["length"]) == 14
 
 
-def bad(operator: Any, arguments: dict[str, Any], message: str, **changes: object) -> None:
-    with pytest.raises(RuntimeError, match=message):
-        operator(**{**arguments, **changes})
-
-
 def test_bad_arguments_of_attention_are_named() -> None:
     a = problem(2, 3, 4, 2, 32, 40)
     op = OPS.attention
-    bad(op, a, "query must have 4 dimensions", query=torch.zeros(2, 3, 4))
-    bad(op, a, "query must be float32", query=torch.zeros(2, 3, 4, 32, dtype=torch.int32))
-    bad(op, a, "last dimension of query", query=torch.zeros(2, 3, 32, 4).transpose(2, 3))
-    bad(op, a, "key must be float32", key=torch.zeros(2, 2, 40, 32, dtype=torch.int32))
-    bad(op, a, "value and key must have one dtype", value=torch.zeros(2, 2, 40, 32, dtype=torch.half))
-    bad(op, a, "head size of query", key=torch.zeros(2, 2, 40, 31))
-    bad(op, a, "batch of query", key=torch.zeros(1, 2, 40, 32))
-    bad(op, a, "value has shape", value=torch.zeros(2, 2, 41, 32))
-    bad(op, a, "not a multiple of the 3 heads", key=torch.zeros(2, 3, 40, 32), value=torch.zeros(2, 3, 40, 32))
-    bad(op, a, "key_scales must be None", key_scales=torch.zeros(2, 2, 40))
+    refuses(op, a, "query must have 4 dimensions", query=torch.zeros(2, 3, 4))
+    refuses(op, a, "query must be float32", query=torch.zeros(2, 3, 4, 32, dtype=torch.int32))
+    refuses(op, a, "last dimension of query", query=torch.zeros(2, 3, 32, 4).transpose(2, 3))
+    refuses(op, a, "key must be float32", key=torch.zeros(2, 2, 40, 32, dtype=torch.int32))
+    refuses(op, a, "value and key must have one dtype", value=torch.zeros(2, 2, 40, 32, dtype=torch.half))
+    refuses(op, a, "head size of query", key=torch.zeros(2, 2, 40, 31))
+    refuses(op, a, "batch of query", key=torch.zeros(1, 2, 40, 32))
+    refuses(op, a, "value has shape", value=torch.zeros(2, 2, 41, 32))
+    refuses(op, a, "not a multiple of the 3 heads", key=torch.zeros(2, 3, 40, 32), value=torch.zeros(2, 3, 40, 32))
+    refuses(op, a, "key_scales must be None", key_scales=torch.zeros(2, 2, 40))
     codes = {n: torch.zeros(2, 2, 40, 32, dtype=torch.int8) for n in ("key", "value")}
-    bad(op, a, "key_scales must be given", **codes)
+    refuses(op, a, "key_scales must be given", **codes)
     scales = {n: torch.zeros(2, 2, 40) for n in ("key_scales", "value_scales")}
-    bad(op, {**a, **codes, **scales}, "key_scales has shape", key_scales=torch.zeros(2, 2, 39))
-    bad(op, {**a, **codes, **scales}, "key_scales must be float32", key_scales=torch.zeros(2, 2, 40).half())
-    bad(op, a, "length is 41 but key holds 40", length=torch.tensor([41]))
-    bad(op, a, "length is -1", length=torch.tensor([-1]))
-    bad(op, a, "length must be int64", length=torch.tensor([4], dtype=torch.int32))
-    bad(op, a, "mask must have 4 dimensions", mask=torch.ones(3, 40, dtype=torch.bool))
-    bad(op, a, "columns, one per key", mask=torch.ones(2, 1, 3, 39, dtype=torch.bool))
-    bad(op, a, "number of query tokens", mask=torch.ones(2, 1, 2, 40, dtype=torch.bool))
-    bad(op, a, "number of heads", mask=torch.ones(2, 2, 3, 40, dtype=torch.bool))
-    bad(op, a, "mask must be bool", mask=torch.ones(2, 1, 3, 40, dtype=torch.int64))
-    bad(op, a, "alibi_slopes has shape", alibi_slopes=torch.zeros(5))
-    bad(op, a, "alibi_slopes must be float32", alibi_slopes=torch.zeros(4, dtype=torch.half))
-    bad(op, a, "window must not be negative", window=-1)
-    bad(op, a, "softcap must not be negative", softcap=-1.0)
-
-
-def test_bad_arguments_of_rotary_append_are_named() -> None:
-    a = append_problem()
-    op = OPS.rotary_append
-    bad(op, a, "key and query must have one dtype", key=a["key"].half())
-    bad(op, a, "key has shape", key=torch.zeros(2, 4, 2, 64))
-    bad(op, a, "number of heads of key", value=torch.zeros(2, 3, 1, 64))
-    bad(op, a, "head size of query", key=torch.zeros(2, 3, 2, 32))
-    bad(op, a, "cos and sin go with a positive rotary_dim", cos=None)
-    bad(op, a, "cos and sin go with a positive rotary_dim", rotary_dim=0)
-    bad(op, a, "rotary_dim must be even", rotary_dim=66)
-    bad(op, a, "rotary_dim must be even", rotary_dim=3)
-    bad(op, a, "cos has shape", cos=torch.zeros(2, 3, 30))
-    bad(op, a, "number of tokens", sin=torch.zeros(2, 2, 64))
-    bad(op, a, "sin and cos must have one dtype", sin=a["sin"].half())
-    bad(op, a, "key_cache has shape", key_cache=torch.zeros(2, 2, 16, 32))
-    bad(op, a, "key_cache must be contiguous", key_cache=torch.zeros(2, 16, 2, 64).transpose(1, 2))
-    bad(op, a, "value_cache and key_cache must have one dtype", value_cache=a["value_cache"].half())
-    bad(op, a, "capacity of key_cache", value_cache=torch.zeros(2, 2, 15, 64))
-    bad(op, a, "key_scales must be None", key_scales=torch.zeros(2, 2, 16))
-    bad(op, append_problem(cache_dtype=torch.int8), "value_scales must be given", value_scales=None)
-    bad(op, a, "length must be int64", length=torch.tensor([1.0]))
+    refuses(op, {**a, **codes, **scales}, "key_scales has shape", key_scales=torch.zeros(2, 2, 39))
+    refuses(op, {**a, **codes, **scales}, "key_scales must be float32", key_scales=torch.zeros(2, 2, 40).half())
+    refuses(op, a, "length is 41 but key holds 40", length=torch.tensor([41]))
+    refuses(op, a, "length is -1", length=torch.tensor([-1]))
+    refuses(op, a, "length must be int64", length=torch.tensor([4], dtype=torch.int32))
+    refuses(op, a, "mask must have 4 dimensions", mask=torch.ones(3, 40, dtype=torch.bool))
+    refuses(op, a, "columns, one per key", mask=torch.ones(2, 1, 3, 39, dtype=torch.bool))
+    refuses(op, a, "number of query tokens", mask=torch.ones(2, 1, 2, 40, dtype=torch.bool))
+    refuses(op, a, "number of heads", mask=torch.ones(2, 2, 3, 40, dtype=torch.bool))
+    refuses(op, a, "mask must be bool", mask=torch.ones(2, 1, 3, 40, dtype=torch.int64))
+    refuses(op, a, "alibi_slopes has shape", alibi_slopes=torch.zeros(5))
+    refuses(op, a, "alibi_slopes must be float32", alibi_slopes=torch.zeros(4, dtype=torch.half))
+    refuses(op, a, "window must not be negative", window=-1)
+    refuses(op, a, "softcap must not be negative", softcap=-1.0)
