@@ -47,35 +47,39 @@ struct Avx2Planes : Avx2Vectors {
     }
   };
 
-  template <class Plane, int M>
-  static TI4_INLINE void dot(I (&sums)[M], const uint8_t* w, const int8_t* x, int factor, const Codebook* book) {
+  template <class Plane, int P, int M>
+  static TI4_INLINE void dot(I (&sums)[P][M], const uint8_t* const (&w)[P], const int8_t* x, int factor,
+                             const Codebook* book) {
     const __m256i weight = _mm256_set1_epi16(short(factor));
-    __m256i low[M], high[M];
+    __m256i low[P][M], high[P][M];
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
-      const __m256i w0 = Plane::load(w, j, 0, book), w1 = Plane::load(w, j, 1, book);
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) {
-        int32_t quad;
-        memcpy(&quad, x + m * kSlab + j * 4, 4);
-        const __m256i b = _mm256_set1_epi32(quad);
-        const __m256i p0 = _mm256_maddubs_epi16(w0, b), p1 = _mm256_maddubs_epi16(w1, b);
-        low[m] = j ? _mm256_add_epi16(low[m], p0) : p0;
-        high[m] = j ? _mm256_add_epi16(high[m], p1) : p1;
-        TI4_KEEP(low[m]);
-        TI4_KEEP(high[m]);
+      for (int p = 0; p < P; ++p) {
+        const __m256i w0 = Plane::load(w[p], j, 0, book), w1 = Plane::load(w[p], j, 1, book);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+          const __m256i b = spread_quad(x + m * kSlab + j * 4);
+          const __m256i p0 = _mm256_maddubs_epi16(w0, b), p1 = _mm256_maddubs_epi16(w1, b);
+          low[p][m] = j ? _mm256_add_epi16(low[p][m], p0) : p0;
+          high[p][m] = j ? _mm256_add_epi16(high[p][m], p1) : p1;
+          TI4_KEEP(low[p][m]);
+          TI4_KEEP(high[p][m]);
+        }
       }
     }
-    for (int m = 0; m < M; ++m) {
-      sums[m].lo = _mm256_add_epi32(sums[m].lo, _mm256_madd_epi16(low[m], weight));
-      sums[m].hi = _mm256_add_epi32(sums[m].hi, _mm256_madd_epi16(high[m], weight));
+    for (int p = 0; p < P; ++p) {
+      for (int m = 0; m < M; ++m) {
+        sums[p][m].lo = _mm256_add_epi32(sums[p][m].lo, _mm256_madd_epi16(low[p][m], weight));
+        sums[p][m].hi = _mm256_add_epi32(sums[p][m].hi, _mm256_madd_epi16(high[p][m], weight));
+      }
     }
   }
 };
 
 struct Avx2 : PlaneProducts<Avx2Planes, Avx2Vectors> {
   using Planes = Avx2Planes;
-  static constexpr int kTileRows = 3, kDirectRows = 4, kDirectLimit = 12, kFloatRows = 6;
+  static constexpr int kTileRows = 3, kDirectRows = 4, kDirectLimit = 12, kFloatRows = 6, kTurnSums = 4;
 
   // 32 inputs of a panel: int4 becomes one byte per weight, 8-bit codes the plane of their low nibbles and that of their
   // high ones.

@@ -121,6 +121,13 @@ struct Avx2Vectors {
 
   TI4_V void store256(uint8_t* p, __m256i x) { _mm256_store_si256(reinterpret_cast<__m256i*>(p), x); }
   TI4_V __m256i low_nibbles(__m256i x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+  // The 4 activations at x in every lane.
+  TI4_V __m256i spread_quad(const int8_t* x) {
+    int32_t quad;
+    memcpy(&quad, x, 4);
+    return _mm256_set1_epi32(quad);
+  }
+
   TI4_V __m256i high_nibbles(__m256i x) { return low_nibbles(_mm256_srli_epi16(x, 4)); }
 
   // 32 inputs of a panel in nibbles to a byte each, through a table of 16 bytes if there is one.

@@ -43,29 +43,33 @@ struct Avx512Planes : Avx512Vectors {
     static TI4_INLINE __m512i load(const uint8_t* w, int j, const Codebook*) { return load_int(w + j * kLineBytes); }
   };
 
-  template <class Plane, int M>
-  static TI4_INLINE void dot(I (&sums)[M], const uint8_t* w, const int8_t* x, int factor, const Codebook* book) {
+  template <class Plane, int P, int M>
+  static TI4_INLINE void dot(I (&sums)[P][M], const uint8_t* const (&w)[P], const int8_t* x, int factor,
+                             const Codebook* book) {
     const __m512i weight = _mm512_set1_epi16(short(factor));
-    __m512i sum[M];
+    __m512i sum[P][M];
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
-      const __m512i codes = Plane::load(w, j, book);
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) {
+        const __m512i codes = Plane::load(w[p], j, book);
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
-        int32_t quad;
-        memcpy(&quad, x + m * kSlab + j * 4, 4);
-        const __m512i product = _mm512_maddubs_epi16(codes, _mm512_set1_epi32(quad));
-        sum[m] = j ? _mm512_add_epi16(sum[m], product) : product;
-        TI4_KEEP(sum[m]);
+        for (int m = 0; m < M; ++m) {
+          const __m512i product = _mm512_maddubs_epi16(codes, spread_quad(x + m * kSlab + j * 4));
+          sum[p][m] = j ? _mm512_add_epi16(sum[p][m], product) : product;
+          TI4_KEEP(sum[p][m]);
+        }
       }
     }
-    for (int m = 0; m < M; ++m) sums[m] = _mm512_add_epi32(sums[m], _mm512_madd_epi16(sum[m], weight));
+    for (int p = 0; p < P; ++p) {
+      for (int m = 0; m < M; ++m) sums[p][m] = _mm512_add_epi32(sums[p][m], _mm512_madd_epi16(sum[p][m], weight));
+    }
   }
 };
 
 struct Avx512 : PlaneProducts<Avx512Planes, Avx512Vectors> {
   using Planes = Avx512Planes;
-  static constexpr int kTileRows = 8, kDirectRows = 4, kDirectLimit = 12, kFloatRows = 14;
+  static constexpr int kTileRows = 8, kDirectRows = 4, kDirectLimit = 12, kFloatRows = 14, kTurnSums = 8;
 
   // 32 inputs of a panel: int4 becomes one byte per weight, 8-bit codes the plane of their low nibbles and that of their
   // high ones.

@@ -40,6 +40,13 @@ struct Avx512Vectors {
   TI4_V F lookup(const float* values, I index) { return _mm512_permutexvar_ps(index, load(values)); }
   TI4_V I low_nibbles(I x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
   TI4_V I high_nibbles(I x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
+  // The 4 activations at x in every lane.
+  TI4_V I spread_quad(const int8_t* x) {
+    int32_t quad;
+    memcpy(&quad, x, 4);
+    return _mm512_set1_epi32(quad);
+  }
+
   // 64 nibbles (0..15, one per byte) through a table of 16 bytes.
   TI4_V I lookup_bytes(const uint8_t* table, I nibbles) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));

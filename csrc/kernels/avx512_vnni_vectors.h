@@ -7,7 +7,7 @@ namespace torch_int4 {
 namespace {
 
 struct Avx512Vnni : Avx512Vectors {
-  static constexpr int kTileRows = 12, kDirectRows = 8, kDirectLimit = 16, kFloatRows = 14;
+  static constexpr int kTileRows = 12, kDirectRows = 8, kDirectLimit = 16, kFloatRows = 14, kTurnSums = 8;
 
   // Int8 lines are what dpbusd reads: they stay where they are.
   template <WeightType T>
@@ -26,16 +26,21 @@ struct Avx512Vnni : Avx512Vectors {
     }
   }
 
-  template <Source S, int M>
-  static TI4_INLINE void dot32(I (&dot)[M], const uint8_t* w, const int8_t* x, const Codebook* book) {
+  template <Source S, int P, int M>
+  static TI4_INLINE void dot32(I (&dot)[P][M], const uint8_t* const (&w)[P], const int8_t* x, const Codebook* book) {
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
-      const __m512i codes = load_codes<S>(w, j, book);
+      __m512i shared[M];  // by panels; one panel's products read memory
+      if constexpr (P > 1) {
+        for (int m = 0; m < M; ++m) shared[m] = spread_quad(x + m * kSlab + j * 4);
+      }
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) {
+        const __m512i codes = load_codes<S>(w[p], j, book);
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) {
-        int32_t quad;
-        memcpy(&quad, x + m * kSlab + j * 4, 4);
-        dot[m] = _mm512_dpbusd_epi32(dot[m], codes, _mm512_set1_epi32(quad));
+        for (int m = 0; m < M; ++m) {
+          dot[p][m] = _mm512_dpbusd_epi32(dot[p][m], codes, P > 1 ? shared[m] : spread_quad(x + m * kSlab + j * 4));
+        }
       }
     }
   }

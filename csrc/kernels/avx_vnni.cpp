@@ -19,7 +19,7 @@ namespace torch_int4 {
 namespace {
 
 struct AvxVnni : Avx2Vectors {
-  static constexpr int kTileRows = 4, kDirectRows = 2, kDirectLimit = 8, kFloatRows = 6;
+  static constexpr int kTileRows = 4, kDirectRows = 2, kDirectLimit = 8, kFloatRows = 6, kTurnSums = 4;
 
   // Int8 lines are what dpbusd reads: they stay where they are.
   template <WeightType T>
@@ -38,18 +38,19 @@ struct AvxVnni : Avx2Vectors {
     }
   }
 
-  template <Source S, int M>
-  static TI4_INLINE void dot32(I (&dot)[M], const uint8_t* w, const int8_t* x, const Codebook* book) {
+  template <Source S, int P, int M>
+  static TI4_INLINE void dot32(I (&dot)[P][M], const uint8_t* const (&w)[P], const int8_t* x, const Codebook* book) {
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
-      const __m256i low = load_codes<S>(w, j, 0, book), high = load_codes<S>(w, j, 1, book);
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) {
-        int32_t quad;
-        memcpy(&quad, x + m * kSlab + j * 4, 4);
-        const __m256i b = _mm256_set1_epi32(quad);
-        dot[m].lo = _mm256_dpbusd_avx_epi32(dot[m].lo, low, b);
-        dot[m].hi = _mm256_dpbusd_avx_epi32(dot[m].hi, high, b);
+      for (int p = 0; p < P; ++p) {
+        const __m256i low = load_codes<S>(w[p], j, 0, book), high = load_codes<S>(w[p], j, 1, book);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+          const __m256i b = spread_quad(x + m * kSlab + j * 4);
+          dot[p][m].lo = _mm256_dpbusd_avx_epi32(dot[p][m].lo, low, b);
+          dot[p][m].hi = _mm256_dpbusd_avx_epi32(dot[p][m].hi, high, b);
+        }
       }
     }
   }

@@ -1,9 +1,10 @@
 // The loops that every vector kernel shares, written once over a type V of 16-lane vectors and inner products.
 // Include it inside the file's target region, after every other header; all of it has internal linkage.
 //
-// V supplies: F and I (16 floats, 16 int32) with load/store/arithmetic; dot32<Source, M>, the inner product of 32
-// inputs of a panel with M rows; unpack<WeightType> and unpacked_bytes<WeightType> (0: tiles read the packed lines);
-// kTileRows, kDirectRows, kFloatRows (rows of the register tiles); kDirectLimit (more rows than this are tiled).
+// V supplies: F and I (16 floats, 16 int32) with load/store/arithmetic; dot32<Source, P, M>, the inner products of 32
+// inputs of P panels with M rows; unpack<WeightType> and unpacked_bytes<WeightType> (0: tiles read the packed lines);
+// kTileRows, kDirectRows, kFloatRows (rows of the register tiles); kDirectLimit (more rows than this are tiled);
+// kTurnSums (panels times rows, of two at most, whose lines are read in turns; a divisor or multiple of kStreams).
 #pragma once
 
 namespace torch_int4 {
@@ -118,15 +119,43 @@ struct Int8Loops {
     return acc;
   }
 
+  // One block of Q panels, whose codes are left behind it. Panels that are read in turns, line by line, share each
+  // input's broadcast, keep as many reads under way, and none waits for its own last sum.
+  template <int M, int Q>
+  static TI4_INLINE void direct_block(F (&acc)[Q][M], const uint8_t* (&codes)[Q], const PackedWeight& w,
+                                      const int8_t* x, int64_t x_step, int64_t inputs, int64_t panel, int64_t apart,
+                                      int64_t group, const float* scale, const int32_t* sum) {
+    I dot[Q][M];
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; ++q) {
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) dot[q][m] = start(sum[m]);
+    }
+    for (int64_t k = 0; k < inputs; k += kSlab, x += x_step) {
+      if constexpr (M > 2) prefetch_slab(codes[0]);  // fewer rows leave the processor time to look ahead by itself
+      V::template dot32<packed_source(T)>(dot, codes, x, w.book);
+#pragma GCC unroll 8
+      for (int q = 0; q < Q; ++q) codes[q] += slab_bytes(T);
+    }
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; ++q) {
+      const Group g = load_group(w, panel + q * apart, group);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) acc[q][m] = finish(acc[q][m], dot[q][m], g, scale[m], sum[m]);
+    }
+  }
+
   // Few rows: P panels, `apart` panels from each other, straight from packed memory, each byte touched once.
   template <int M, int P>
   static TI4_INLINE void direct_panels(const PackedWeight& w, const QuantizedRows& a, int64_t row, int64_t panel,
                                        int64_t apart, const Output& out) {
-    F acc[P][M];
-    const uint8_t* codes[P];
+    constexpr int kTurns = M > 2 ? 1 : V::kTurnSums / M / (T == WeightType::kInt4 ? 1 : 2);
+    constexpr int Q = kTurns < P ? kTurns : P;
+    F acc[P / Q][Q][M];
+    const uint8_t* codes[P / Q][Q];
     for (int p = 0; p < P; ++p) {
-      codes[p] = w.codes + (panel + p * apart) * w.panel_bytes();
-      for (int m = 0; m < M; ++m) acc[p][m] = V::zero();
+      codes[p / Q][p % Q] = w.codes + (panel + p * apart) * w.panel_bytes();
+      for (int m = 0; m < M; ++m) acc[p / Q][p % Q][m] = V::zero();
     }
     const int8_t* x = a.codes + row * kSlab;
     const int64_t per_group = w.blocks_per_group();
@@ -136,24 +165,16 @@ struct Int8Loops {
       const float* scale = a.scales + b * a.rows + row;
       const int32_t* sum = a.sums + b * a.rows + row;
 #pragma GCC unroll 8
-      for (int p = 0; p < P; ++p) {
-        I dot[M];
-        for (int m = 0; m < M; ++m) dot[m] = start(sum[m]);
-        const int8_t* xs = x;
-        for (int64_t k = 0; k < inputs; k += kSlab, xs += a.rows * kSlab) {
-          if constexpr (M > 2) prefetch_slab(codes[p]);  // fewer rows leave the processor time to look ahead by itself
-          V::template dot32<packed_source(T), M>(dot, codes[p], xs, w.book);
-          codes[p] += slab_bytes(T);
-        }
-        const Group g = load_group(w, panel + p * apart, group);
-        for (int m = 0; m < M; ++m) acc[p][m] = finish(acc[p][m], dot[m], g, scale[m], sum[m]);
+      for (int p = 0; p < P; p += Q) {
+        direct_block(acc[p / Q], codes[p / Q], w, x, a.rows * kSlab, inputs, panel + p * apart, apart, group, scale,
+                     sum);
       }
       x += inputs * a.rows;
       if (++in_group == per_group) in_group = 0, ++group;
     }
     alignas(64) float c[M * kPanelRows];
     for (int p = 0; p < P; ++p) {
-      for (int m = 0; m < M; ++m) V::store(c + m * kPanelRows, acc[p][m]);
+      for (int m = 0; m < M; ++m) V::store(c + m * kPanelRows, acc[p / Q][p % Q][m]);
       store_rows<V>(c, M, row, panel + p * apart, w.out_features, out);
     }
   }
@@ -178,15 +199,15 @@ struct Int8Loops {
   template <int M>
   static TI4_INLINE void tile(const uint8_t* weights, int64_t inputs, const int8_t* x, int64_t x_step,
                               const float* scale, const int32_t* sum, const Group& g, float* c) {
-    I dot[M];
-    for (int m = 0; m < M; ++m) dot[m] = start(sum[m]);
+    I dot[1][M];
+    for (int m = 0; m < M; ++m) dot[0][m] = start(sum[m]);
     for (int64_t k = 0; k < inputs; k += kSlab, x += x_step) {
-      V::template dot32<unpacked_source(T), M>(dot, weights, x, nullptr);
+      V::template dot32<unpacked_source(T)>(dot, {weights}, x, nullptr);
       weights += V::template unpacked_bytes<T>() ? V::template unpacked_bytes<T>() : slab_bytes(T);
     }
     for (int m = 0; m < M; ++m) {
       float* sums = c + m * kPanelRows;
-      V::store(sums, finish(V::load(sums), dot[m], g, scale[m], sum[m]));
+      V::store(sums, finish(V::load(sums), dot[0][m], g, scale[m], sum[m]));
     }
   }
 
