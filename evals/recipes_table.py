@@ -1,4 +1,4 @@
-"""What each recipe recovers: perplexity, KL and top-1 agreement of recipes at several group sizes.
+"""What each recipe recovers: perplexity of recipes at several group sizes, and accuracy on LAMBADA if asked for.
 
 Run ``python -m torch_int4.evals.recipes_table --help``. Every row is written to a JSON lines file as soon as it is
 measured, and rows that are there already are not measured again: a run that was stopped goes on.
@@ -6,9 +6,10 @@ measured, and rows that are there already are not measured again: a run that was
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,8 @@ OFFSETS: dict[str, dict[str, Any]] = {
     "float": {"symmetric": False, "zeros": "float"},
 }
 HEADER = ("recipe", "group", "offset", "bits", "perplexity", "vs float", "±", "vs rtn", "±", "recovers", "seconds")
+ACCURACY = ("LAMBADA", "lost", "±")
+TASK = "lambada_openai"
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Row:
         bits: per weight, scales and offsets included, head not counted.
         seconds: to quantize.
         settings: what else the row depends on.
+        correct: 1 or 0 for each item of LAMBADA; empty where it was not asked for.
     """
 
     recipe: str
@@ -43,6 +47,7 @@ class Row:
     bits: float
     seconds: float
     settings: dict[str, Any]
+    correct: tuple[float, ...] = ()
 
     @property
     def key(self) -> str:
@@ -71,6 +76,17 @@ def cells(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
     return (*start, *versus, f"{recovered:.0%}", f"{row.seconds:.0f}")
 
 
+def accuracy_cells(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
+    """Accuracy on LAMBADA and its relative drop from float, as text; nothing where it was not measured."""
+    from torch_int4.paired import accuracy_loss
+
+    base = next((r for r in rows if r.recipe == "float"), None)
+    if base is None or not row.correct:
+        return ()
+    loss = accuracy_loss(base.correct, row.correct)
+    return (f"{loss.score:.4f}", *(("", "") if row is base else (f"{loss.loss:+.1%}", f"{loss.stderr:.1%}")))
+
+
 def plain_loss(base: Row, plain: Row) -> float:
     """What plain rounding loses against float."""
     from torch_int4.paired import perplexity_loss
@@ -79,9 +95,17 @@ def plain_loss(base: Row, plain: Row) -> float:
 
 
 def measure(
-    load: Any, tokens: Any, options: Sequence[tuple[str, int, str]], settings: dict[str, Any], calibration: Any
+    load: Any,
+    tokens: Any,
+    options: Sequence[tuple[str, int, str]],
+    settings: dict[str, Any],
+    calibration: Any,
+    answer: Callable[[Any], tuple[float, ...]] = lambda model: (),
 ) -> Iterator[Row]:
-    """Rows for (recipe, group, offset), each on a model that `load()` gives; `settings` has window and more."""
+    """Rows for (recipe, group, offset), each on a model that `load()` gives.
+
+    `settings` has window and more; `answer` gives a model's score on each item of a task.
+    """
     import torch_int4
 
     from .memory import linear_bytes, patched_memory, weight_bytes
@@ -104,7 +128,30 @@ def measure(
             torch_int4.patch(model, config, calibration=calibration if needs else None, progress=True)
             seconds, bits = time.perf_counter() - start, patched_memory(model, before).bits_per_weight
         score = perplexity(model, tokens, window=settings["window"])
-        yield Row(recipe, group, offset, score.window_nll, score.window_tokens, bits, seconds, settings)
+        scores = (score.window_nll, score.window_tokens)
+        yield Row(recipe, group, offset, *scores, bits, seconds, settings, answer(model))
+
+
+@contextlib.contextmanager
+def lambada(tokenizer: Any, data: Path | None, items: int, window: int) -> Iterator[Callable[[Any], Any]]:
+    """A function that answers the first items of LAMBADA with a model, through lm-eval; without data, it answers none.
+
+    Raises:
+        Int4Error: lm-eval is missing, or the folder has no such data.
+    """
+    if data is None:
+        yield lambda model: ()
+        return
+    from . import harness, scores
+
+    with harness.task_manager((TASK,), data) as manager:
+
+        def answer(model: Any) -> tuple[float, ...]:
+            lm = harness.CpuLM(model, tokenizer=tokenizer, batch_size="auto", max_length=window)
+            found = scores.items(harness.evaluate(lm, (TASK,), manager, limit=items))
+            return next(entry.values for entry in found if entry.metric == "acc")
+
+        yield answer
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -112,7 +159,8 @@ def read_rows(path: Path) -> list[Row]:
     if not path.exists():
         return []
     found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    return [Row(**{**row, "nll": tuple(row["nll"]), "tokens": tuple(row["tokens"])}) for row in found]
+    lists = ("nll", "tokens", "correct")
+    return [Row(**{**row, **{name: tuple(row.get(name, ())) for name in lists}}) for row in found]
 
 
 def main(
@@ -134,6 +182,8 @@ def main(
     preset: Annotated[str, typer.Option(help="Effort of trained recipes: light, default or best.")] = "default",
     compute: Annotated[str, typer.Option(help="fp32 shows the weights' error alone.")] = "fp32",
     head: Annotated[str, typer.Option(help="float shows the blocks' error alone.")] = "float",
+    data: Annotated[Path | None, typer.Option(help="Folder with lambada_openai/test.jsonl; needs lm-eval.")] = None,
+    items: Annotated[int, typer.Option(min=1, help="Answer the first so many items of LAMBADA.")] = 500,
 ) -> None:
     """Measure recipes at group sizes and print a markdown table with paired standard errors.
 
@@ -157,11 +207,12 @@ def main(
         "compute": compute,
         "head": head,
         "model": str(model) if model else "default",
+        "items": items if data else 0,
     }
     try:
         _, tokenizer = models.load(model)
         ids = tokenizer(text.read_text(encoding="utf-8")[: 12 * tokens], return_tensors="pt", verbose=False)
-        data = Calibration(calibration.read_text(encoding="utf-8"), tokenizer, samples, length, batch, seed)
+        source = Calibration(calibration.read_text(encoding="utf-8"), tokenizer, samples, length, batch, seed)
         wanted = [("float", 0, "-")]
         for size in group or (32, 128, -1):
             for kind in offset or ("symmetric",):
@@ -169,16 +220,19 @@ def main(
         rows = read_rows(out)
         known = {row.key for row in rows}
         todo = [w for w in wanted if Row(*w, (), (), 0, 0, settings).key not in known]
-        for row in measure(lambda: models.load(model)[0], ids["input_ids"][0, :tokens], todo, settings, data):
-            rows.append(row)
-            with out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(row)) + "\n")
-            typer.echo("  ".join(cells(row, [r for r in rows if r.settings == settings])), err=True)
+        measured = ids["input_ids"][0, :tokens]
+        with lambada(tokenizer, data, items, window) as answer:
+            for row in measure(lambda: models.load(model)[0], measured, todo, settings, source, answer):
+                rows.append(row)
+                with out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(row)) + "\n")
+                typer.echo("  ".join(cells(row, [r for r in rows if r.settings == settings])), err=True)
     except (Int4Error, OSError) as error:
         typer.secho(f"recipes_table: {error}", fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from error
     mine = [row for row in rows if row.settings == settings]
-    typer.echo(output.markdown_table(HEADER, [cells(row, mine) for row in mine]))
+    header = (*HEADER, *(ACCURACY if data else ()))
+    typer.echo(output.markdown_table(header, [cells(row, mine) + accuracy_cells(row, mine) for row in mine]))
 
 
 if __name__ == "__main__":

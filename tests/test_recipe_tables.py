@@ -1,6 +1,8 @@
 """The scripts behind the tables of recipes: small models trained, rows measured once and resumed."""
 
 import copy
+import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ import torch
 from torch_int4 import Int4Error
 from torch_int4.calibration import Calibration
 from torch_int4.evals import recipes_table, train_small
-from torch_int4.evals.recipes_table import Row, cells, measure, read_rows
+from torch_int4.evals.recipes_table import Row, accuracy_cells, cells, measure, read_rows
+from torch_int4.linear import Int4Linear
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from it.\n" * 60
 SETTINGS = {"window": 24, "head": "float", "compute": "fp32", "preset": "light"}
@@ -66,13 +69,48 @@ def test_rows_are_compared_with_float_and_with_rounding_of_the_same_kind():
     assert dict(zip(recipes_table.HEADER, cells(rows[1], rows), strict=True))["recovers"] == ""
 
 
-def test_rows_are_read_back_as_they_were(tmp_path):
-    import json
-    from dataclasses import asdict
+def test_accuracy_is_compared_with_float():
+    def row(recipe, correct):
+        return Row(recipe, 32, "symmetric", (2.0, 3.0), (100, 100), 4.5, 7.0, SETTINGS, correct)
 
+    base, worse = row("float", (1.0, 1.0, 0.0, 1.0)), row("rtn", (1.0, 0.0, 0.0, 1.0))
+    assert accuracy_cells(base, [base, worse]) == ("0.7500", "", "")
+    assert accuracy_cells(worse, [base, worse])[:2] == ("0.5000", "+33.3%")
+    assert accuracy_cells(row("gptq", ()), [base]) == accuracy_cells(worse, [worse]) == ()
+
+
+def test_every_model_answers():
+    model, ids, _ = trained("llama")
+    seen = []
+
+    def answer(found):
+        seen.append(sum(isinstance(module, Int4Linear) for module in found.modules()))
+        return (1.0, 0.0)
+
+    options = [("float", 0, "-"), ("rtn", 32, "symmetric")]
+    found = list(measure(lambda: copy.deepcopy(model), ids[:48], options, SETTINGS, None, answer))
+    assert [row.correct for row in found] == [(1.0, 0.0)] * 2
+    assert seen == [0, 14]
+
+
+def test_lambada_is_answered_through_the_harness(tmp_path):
+    pytest.importorskip("lm_eval")
+    model, _, _ = trained("llama")
+    tokenizer = train_small.make_tokenizer(TEXT, 300)
+    (tmp_path / "lambada_openai").mkdir()
+    lines = [json.dumps({"text": "the quick brown fox jumps over the lazy dog"}), json.dumps({"text": "runs away"})]
+    (tmp_path / "lambada_openai" / "test.jsonl").write_text("\n".join(lines))
+    with recipes_table.lambada(tokenizer, tmp_path, 2, 64) as answer:
+        assert set(answer(model)) <= {0.0, 1.0}
+        assert len(answer(model)) == 2
+    with recipes_table.lambada(tokenizer, None, 2, 64) as answer:
+        assert answer(model) == ()
+
+
+def test_rows_are_read_back_as_they_were(tmp_path):
     path = tmp_path / "rows.jsonl"
     assert read_rows(path) == []
-    row = Row("gptq", 32, "symmetric", (2.0, 3.0), (5, 6), 4.5, 7.0, SETTINGS)
+    row = Row("gptq", 32, "symmetric", (2.0, 3.0), (5, 6), 4.5, 7.0, SETTINGS, (1.0, 0.0))
     path.write_text(json.dumps(asdict(row)) + "\n")
     assert read_rows(path) == [row]
     assert read_rows(path)[0].key == row.key

@@ -6,6 +6,7 @@ captured batches, and the state with the least error is kept, which may be the o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from ._block import Block, Linear, row_factors
 from ._grid import Grid, round_fp16
 from .rtn import pack_up
 
-CHECKS = 8  # states between the first and the last that are compared
+CHECKS = 4  # states that are compared with the first
 CHECKED_BATCHES = 8
 
 
@@ -200,13 +201,29 @@ def _step(
 ) -> None:
     batch = int(torch.randint(block.batches, (1,), generator=block.generator))
     with torch.enable_grad():
-        loss = _distance(block.run(batch, parameters()), block.targets(batch))
+        loss = _distance(_output(block, batch, parameters()), block.targets(batch))
         loss.backward()
     for optimizer, rate in zip(optimizers, schedule.rates, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = rate * (1 - step / schedule.steps)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+
+def _output(block: Block, batch: int, parameters: dict[str, Tensor]) -> Tensor:
+    """The block's output, with products in bf16 where the processor has instructions for them.
+
+    They take less than half as long as fp32 ones and are off by 2⁻⁹, where 4 bits are off by 2⁻⁴. What is trained, the
+    rounding and the states between blocks stay in fp32.
+    """
+    with torch.autocast("cpu", torch.bfloat16, enabled=_has_bf16()):
+        return block.run(batch, parameters).float()
+
+
+@functools.cache
+def _has_bf16() -> bool:
+    cpu = torch.cpu
+    return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
 
 
 def _distance(output: Tensor, target: Tensor) -> Tensor:
@@ -218,6 +235,6 @@ def _distance(output: Tensor, target: Tensor) -> Tensor:
 @torch.no_grad()
 def _error(block: Block, parameters: Callable[[], dict[str, Tensor]], batches: range) -> float:
     now = parameters()
-    errors = [_distance(block.run(batch, now), block.targets(batch)).item() for batch in batches]
+    errors = [_distance(_output(block, batch, now), block.targets(batch)).item() for batch in batches]
     mean = sum(errors) / len(errors)
     return mean if mean == mean else float("inf")
