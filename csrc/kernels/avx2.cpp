@@ -68,7 +68,9 @@ struct Avx2Planes : Avx2Vectors {
         }
       }
     }
+#pragma GCC unroll 8
     for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
         sums[p][m].lo = _mm256_add_epi32(sums[p][m].lo, _mm256_madd_epi16(low[p][m], weight));
         sums[p][m].hi = _mm256_add_epi32(sums[p][m].hi, _mm256_madd_epi16(high[p][m], weight));

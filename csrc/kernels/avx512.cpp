@@ -61,7 +61,9 @@ struct Avx512Planes : Avx512Vectors {
         }
       }
     }
+#pragma GCC unroll 8
     for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 16
       for (int m = 0; m < M; ++m) sums[p][m] = _mm512_add_epi32(sums[p][m], _mm512_madd_epi16(sum[p][m], weight));
     }
   }

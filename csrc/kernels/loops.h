@@ -200,11 +200,13 @@ struct Int8Loops {
   static TI4_INLINE void tile(const uint8_t* weights, int64_t inputs, const int8_t* x, int64_t x_step,
                               const float* scale, const int32_t* sum, const Group& g, float* c) {
     I dot[1][M];
+#pragma GCC unroll 16
     for (int m = 0; m < M; ++m) dot[0][m] = start(sum[m]);
     for (int64_t k = 0; k < inputs; k += kSlab, x += x_step) {
       V::template dot32<unpacked_source(T)>(dot, {weights}, x, nullptr);
       weights += V::template unpacked_bytes<T>() ? V::template unpacked_bytes<T>() : slab_bytes(T);
     }
+#pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       float* sums = c + m * kPanelRows;
       V::store(sums, finish(V::load(sums), dot[0][m], g, scale[m], sum[m]));
