@@ -16,6 +16,8 @@ from typing import Annotated, Any
 
 import typer
 
+from . import recipe_peers
+
 OFFSETS: dict[str, dict[str, Any]] = {
     "symmetric": {"symmetric": True},
     "integer": {"symmetric": False, "zeros": "integer"},
@@ -87,6 +89,23 @@ def accuracy_cells(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
     return (f"{loss.score:.4f}", *(("", "") if row is base else (f"{loss.loss:+.1%}", f"{loss.stderr:.1%}")))
 
 
+def against_peers(rows: Sequence[Row]) -> list[str]:
+    """What each of our rows differs from its peers by, in words: perplexity with its paired error, and seconds."""
+    from torch_int4.paired import perplexity_loss
+
+    found = []
+    for theirs in rows:
+        tool, _, recipe = theirs.recipe.partition(":")
+        ours = next((r for r in rows if (r.recipe, r.group, r.offset) == (recipe, theirs.group, theirs.offset)), None)
+        if ours is not None:
+            change = perplexity_loss(theirs.nll, ours.nll, ours.tokens)
+            found.append(
+                f"{recipe} in groups of {ours.group}: ours differs from {tool}'s by {change.loss:+.2%} ± "
+                f"{change.stderr:.2%} in perplexity; {ours.seconds:.0f} s against {theirs.seconds:.0f} s"
+            )
+    return found
+
+
 def plain_loss(base: Row, plain: Row) -> float:
     """What plain rounding loses against float."""
     from torch_int4.paired import perplexity_loss
@@ -112,24 +131,35 @@ def measure(
     from .perplexity import perplexity
 
     for recipe, group, offset in options:
-        model, start, seconds = load(), time.perf_counter(), 0.0
+        model, seconds = load(), 0.0
         before = linear_bytes(model)
         bits = 8.0 * sum(weight_bytes(model).values()) / sum(p.numel() for p in model.parameters())
         if recipe != "float":
             config = torch_int4.Int4Config(
-                recipe=recipe,
+                recipe="rtn" if recipe in recipe_peers.PEERS else recipe,
                 group_size=group,
                 head=settings["head"],
                 compute=settings["compute"],
                 preset=settings["preset"],
                 **OFFSETS[offset],
             )
-            needs = recipe != "rtn" and recipe != "hqq"
-            torch_int4.patch(model, config, calibration=calibration if needs else None, progress=True)
-            seconds, bits = time.perf_counter() - start, patched_memory(model, before).bits_per_weight
+            model, seconds = _quantized(model, recipe, config, calibration)
+            bits = patched_memory(model, before).bits_per_weight
         score = perplexity(model, tokens, window=settings["window"])
         scores = (score.window_nll, score.window_tokens)
         yield Row(recipe, group, offset, *scores, bits, seconds, settings, answer(model))
+
+
+def _quantized(model: Any, recipe: str, config: Any, calibration: Any) -> tuple[Any, float]:
+    """The model after one of our recipes or a peer's, and the seconds it took."""
+    import torch_int4
+
+    if recipe in recipe_peers.PEERS:
+        return recipe_peers.quantize(recipe, recipe_peers.Job(model, calibration, config))
+    start = time.perf_counter()
+    needs = recipe != "rtn" and recipe != "hqq"
+    torch_int4.patch(model, config, calibration=calibration if needs else None, progress=True)
+    return model, time.perf_counter() - start
 
 
 @contextlib.contextmanager
@@ -170,7 +200,10 @@ def main(
     model: Annotated[
         Path | None, typer.Option(help="Local model directory; without it, SmolLM2-135M-Instruct.")
     ] = None,
-    recipe: Annotated[list[str] | None, typer.Option(help="Repeat for more. [rtn gptq awq awq+gptq]")] = None,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Repeat for more. [rtn gptq awq awq+gptq] Other tools': {', '.join(recipe_peers.PEERS)}."),
+    ] = None,
     group: Annotated[list[int] | None, typer.Option(help="Repeat for more. [32 128 -1]")] = None,
     offset: Annotated[list[str] | None, typer.Option(help="symmetric, integer or float. [symmetric]")] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Measure on the first so many tokens.")] = 8192,
@@ -233,6 +266,7 @@ def main(
     mine = [row for row in rows if row.settings == settings]
     header = (*HEADER, *(ACCURACY if data else ()))
     typer.echo(output.markdown_table(header, [cells(row, mine) + accuracy_cells(row, mine) for row in mine]))
+    typer.echo("\n".join(against_peers(mine)))
 
 
 if __name__ == "__main__":

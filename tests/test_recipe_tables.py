@@ -7,20 +7,20 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from torch_int4 import Int4Error
+from torch_int4 import Int4Config, Int4Error
 from torch_int4.calibration import Calibration
-from torch_int4.evals import recipes_table, train_small
-from torch_int4.evals.recipes_table import Row, accuracy_cells, cells, measure, read_rows
+from torch_int4.evals import models, recipe_peers, recipes_table, train_small
+from torch_int4.evals.recipes_table import Row, accuracy_cells, against_peers, cells, measure, read_rows
 from torch_int4.linear import Int4Linear
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from it.\n" * 60
 SETTINGS = {"window": 24, "head": "float", "compute": "fp32", "preset": "light"}
 
 
-def trained(family, steps=3, seed=0):
+def trained(family, steps=3, seed=0, width=64):
     tokenizer = train_small.make_tokenizer(TEXT, 300)
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"][0]
-    model = train_small.make_model(family, len(tokenizer), width=64, layers=2, context=64, seed=seed)
+    model = train_small.make_model(family, len(tokenizer), width=width, layers=2, context=64, seed=seed)
     losses = list(train_small.train(model, ids, steps=steps, batch=2, window=24, rate=3e-3, seed=seed))
     return model, ids, losses
 
@@ -115,3 +115,55 @@ def test_rows_are_read_back_as_they_were(tmp_path):
     assert read_rows(path) == [row]
     assert read_rows(path)[0].key == row.key
     assert row.key != Row("gptq", 64, "symmetric", (2.0, 3.0), (5, 6), 4.5, 7.0, SETTINGS).key
+
+
+def test_ours_is_compared_with_a_peer_of_the_same_group():
+    def row(recipe, group, nll, seconds):
+        return Row(recipe, group, "symmetric", nll, (100, 100), 4.5, seconds, SETTINGS)
+
+    rows = [row("gptq", 128, (9.0, 9.0), 1.0), row("gptq", 32, (2.0, 3.0), 7.0)]
+    assert against_peers(rows) == []
+    (said,) = against_peers([*rows, row("gptqmodel:gptq", 32, (2.1, 3.1), 9.0)])
+    assert said.startswith("gptq in groups of 32: ours differs from gptqmodel's by -9.52% ± ")
+    assert said.endswith("7 s against 9 s")
+
+
+def test_codes_of_rounded_products_are_found_again():
+    codes = torch.randint(0, 16, (6, 80), generator=torch.Generator().manual_seed(0))
+    scales = torch.rand(6, 3, generator=torch.Generator().manual_seed(1)).half() * 0.01 - 0.005
+    scales[2, 1] = 0
+    linear = torch.nn.Linear(80, 6).to(torch.bfloat16)
+    linear.scale = scales.float()
+    exact = (codes - 8) * scales.float().repeat_interleave(32, 1)[:, :80]
+    linear.weight.data = exact.to(torch.bfloat16)
+    found = recipe_peers.on_grid(linear, Int4Config(group_size=32, compute="fp32"))
+    assert torch.equal(found.dequantize(), exact)
+    assert found.compute == "fp32"
+    assert torch.equal(found.bias, linear.bias.float())
+
+
+@pytest.mark.parametrize("name", recipe_peers.PEERS)
+def test_a_missing_tool_is_named(name, monkeypatch):
+    def missing(package):
+        raise recipe_peers.importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(recipe_peers.importlib.metadata, "version", missing)
+    with pytest.raises(Int4Error, match=f"pip install {name.partition(':')[0]}"):
+        recipe_peers.quantize(name, recipe_peers.Job(None, None, Int4Config()))
+    with pytest.raises(Int4Error, match="symmetric weights only"):
+        recipe_peers.quantize(name, recipe_peers.Job(None, None, Int4Config(symmetric=False)))
+
+
+@pytest.mark.parametrize("name", recipe_peers.PEERS)
+def test_a_peer_is_measured_like_a_recipe(name, tmp_path):
+    pytest.importorskip(name.partition(":")[0].replace("-", "_"))
+    model, ids, _ = trained("llama", width=128)
+    model.save_pretrained(tmp_path)
+    train_small.make_tokenizer(TEXT, 300).save_pretrained(tmp_path)
+    tokenizer = models.load(tmp_path)[1]
+    data = Calibration(ids, tokenizer, samples=6, length=24, batch=1)
+    options = [("float", 0, "-"), (name, 32, "symmetric"), ("rtn", 32, "symmetric")]
+    found = list(measure(lambda: models.load(tmp_path)[0], ids[:240], options, SETTINGS, data))
+    assert found[1].bits in (found[2].bits, found[2].bits + 0.5)  # scales in bfloat16 are held in fp32
+    assert found[1].nll != found[0].nll
+    assert sum(found[1].nll) == pytest.approx(sum(found[0].nll), rel=0.05)
