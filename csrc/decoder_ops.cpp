@@ -80,12 +80,23 @@ int64_t prepare_op(std::vector<Tensor> norm_weights, std::vector<OptionalTensor>
   return registry().add(std::move(p));
 }
 
-Tensor prepared_op(const Tensor& x, int64_t layer, const OptionalTensor& cos, const OptionalTensor& sin,
-                   const Tensor& key_cache, const Tensor& value_cache, const OptionalTensor& key_scales,
-                   const OptionalTensor& value_scales, const Tensor& length, const OptionalTensor& mask,
-                   int64_t rotary_dim, double scale, double softcap) {
-  const LayerState state{cos, sin, key_cache, value_cache, key_scales, value_scales, length, mask};
-  return run_layer(*registry().find(layer), x, state, rotary_dim, scale, softcap);
+// One prepared layer after the other, each on what the one before gave, with caches of their own.
+Tensor prepared_op(const Tensor& x, std::vector<int64_t> layers, const OptionalTensor& cos, const OptionalTensor& sin,
+                   std::vector<Tensor> key_caches, std::vector<Tensor> value_caches,
+                   std::vector<OptionalTensor> key_scales, std::vector<OptionalTensor> value_scales,
+                   std::vector<Tensor> lengths, const OptionalTensor& mask, int64_t rotary_dim, double scale,
+                   double softcap) {
+  const size_t count = layers.size();
+  STD_TORCH_CHECK(count > 0 && key_caches.size() == count && value_caches.size() == count &&
+                      key_scales.size() == count && value_scales.size() == count && lengths.size() == count,
+                  "torch_int4: layers, key_caches, value_caches, key_scales, value_scales and lengths must be lists of "
+                  "one length, and not empty");
+  Tensor y = x;
+  for (size_t i = 0; i < count; ++i) {
+    const LayerState state{cos, sin, key_caches[i], value_caches[i], key_scales[i], value_scales[i], lengths[i], mask};
+    y = run_layer(*registry().find(layers[i]), y, state, rotary_dim, scale, softcap);
+  }
+  return y;
 }
 
 void release_op(int64_t layer) { registry().remove(layer); }
@@ -107,8 +118,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(torch_int4, m) {
       "float norm_offset=0., int projections=3, bool parallel_residual=False, bool interleaved=False, int kv_heads, "
       "int head_size, int value_size) -> int");
   m.def(
-      "prepared_decoder_layer(Tensor x, int layer, Tensor? cos, Tensor? sin, Tensor(a!) key_cache, "
-      "Tensor(b!) value_cache, Tensor(c!)? key_scales, Tensor(d!)? value_scales, Tensor(e!) length, Tensor? mask, "
+      "prepared_decoder_layers(Tensor x, int[] layers, Tensor? cos, Tensor? sin, Tensor(a!)[] key_caches, "
+      "Tensor(b!)[] value_caches, Tensor?[] key_scales, Tensor?[] value_scales, Tensor(c!)[] lengths, Tensor? mask, "
       "int rotary_dim, float scale, float softcap) -> Tensor");
   m.def("release_decoder_layer(int layer) -> ()");
 }
@@ -116,7 +127,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(torch_int4, m) {
 STABLE_TORCH_LIBRARY_IMPL(torch_int4, CPU, m) {
   m.impl("decoder_layer", TORCH_BOX(&decoder_layer_op));
   m.impl("prepare_decoder_layer", TORCH_BOX(&prepare_op));
-  m.impl("prepared_decoder_layer", TORCH_BOX(&prepared_op));
+  m.impl("prepared_decoder_layers", TORCH_BOX(&prepared_op));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torch_int4, CompositeExplicitAutograd, m) {

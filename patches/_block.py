@@ -67,6 +67,15 @@ def _attribute(module: nn.Module, path: str) -> Any:
     return found
 
 
+def source_of_forward(kind: type) -> ast.FunctionDef | None:
+    """The `forward` of a class as it was written, below its decorators; None where there is no source."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward))))  # type: ignore[attr-defined]
+    except (OSError, TypeError, SyntaxError, AttributeError):
+        return None
+    return tree.body[0] if isinstance(tree.body[0], ast.FunctionDef) else None
+
+
 @functools.cache
 def fingerprint(kind: type) -> str:
     """What the `forward` of a class computes: a hash of its source without annotations, comments and decorators.
@@ -74,12 +83,8 @@ def fingerprint(kind: type) -> str:
     Classes that are copied from each other have the same one, and a class that was changed has another; "" is that
     of a class without source.
     """
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward))))  # type: ignore[attr-defined]
-    except (OSError, TypeError, SyntaxError, AttributeError):
-        return ""
-    function: Any = tree.body[0]
-    if not isinstance(function, ast.FunctionDef):
+    function = source_of_forward(kind)
+    if function is None:
         return ""
     function.decorator_list, function.returns = [], None
     for node in ast.walk(function.args):

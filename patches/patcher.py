@@ -13,7 +13,7 @@ from ..config import Int4Config
 from ..errors import Int4Error
 from ..linear import Int4Linear
 from ..merge import merge_inputs
-from . import _attention, _block, _convert, _embedding, _foreign, _scan, _ties, families
+from . import _attention, _block, _convert, _embedding, _foreign, _scan, _stack, _ties, families
 from ._report import PatchReport
 from ._scan import Target
 
@@ -93,6 +93,7 @@ def patch(
         report.fused += fused
         report.interfaces += interfaces
         report.blocks += _block.fuse(model, by_module)
+        _stack.fuse(model)
         report.skipped = skipped + kept
         report.complete = True
         _make_saveable(model, config)

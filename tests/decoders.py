@@ -109,13 +109,15 @@ class Calls(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.counts = Counter()
+        self.prepared = 0  # layers that ran prepared, of which one call may run several
 
     @property
     def attended(self):
         """Layers whose attention ran in our operators."""
-        return sum(self.counts[name] for name in ("attention", "decoder_layer", "prepared_decoder_layer"))
+        return self.prepared + self.counts["attention"] + self.counts["decoder_layer"]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "torch_int4" and not func._opname.startswith(("prepare_", "release_")):
             self.counts[func._opname] += 1
+            self.prepared += len(args[1]) if func._opname == "prepared_decoder_layers" else 0
         return func(*args, **(kwargs or {}))

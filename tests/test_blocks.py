@@ -11,15 +11,14 @@ from decoders import FUSED, Calls, assert_near, decoder, family_of, pair, prompt
 from torch import nn
 from transformers import DynamicCache
 
-from torch_int4 import Int4Cache, Int4Linear, block, patch
+from torch_int4 import Int4Cache, Int4Linear, block, patch, stack
 from torch_int4.block import FusedBlock
 from torch_int4.patches import _block, families
 
 CLOSE = 2e-3
 BLOCKS = [name for name in FUSED if families.resolve(family_of(name)).blocks]
 STEPS = ("norm_linears", "linear_add", "mlp")
-WHOLE = ("decoder_layer", "prepared_decoder_layer")
-OPERATORS = (*STEPS, *WHOLE)
+OPERATORS = (*STEPS, "decoder_layer", "prepared_decoder_layers")
 
 
 def unfused(name, **options):
@@ -33,7 +32,7 @@ def fused_layers(action):
         result = action()
     counts = {calls.counts[name] for name in STEPS}
     assert len(counts) == 1
-    return result, counts.pop() + sum(calls.counts[name] for name in WHOLE)
+    return result, counts.pop() + calls.counts["decoder_layer"] + calls.prepared
 
 
 def test_families_that_are_fused():
@@ -58,11 +57,11 @@ def test_layers_that_are_fused(name):
 def test_a_layer_is_one_operator_call_and_five_with_other_caches(name):
     patched, _ = pair(name, head="float")
     steps = dict.fromkeys((*STEPS, "rotary_append", "attention"), 2)
-    for cache, wanted in ((Int4Cache(), {"prepared_decoder_layer": 2}), (DynamicCache(), steps)):
+    for cache, wanted in ((Int4Cache(), {"prepared_decoder_layers": 2}), (DynamicCache(), steps)):
         with torch.no_grad(), Calls() as calls:
             patched(prompt(), past_key_values=cache)
             assert calls.counts == wanted
-            patched(prompt(tokens=1), past_key_values=cache)
+            patched(prompt(tokens=40), past_key_values=cache)
         assert calls.counts == {name: 2 * count for name, count in wanted.items()}
 
 
@@ -72,6 +71,7 @@ def assert_same_in_steps(monkeypatch, model, *inputs):
     for in_steps in (False, True):
         with torch.no_grad(), monkeypatch.context() as patching:
             if in_steps:
+                patching.setattr(stack, "MOST_TOKENS", 0)
                 patching.setattr(block, "_run_prepared", lambda *args: None)
                 patching.setattr(block, "_run_whole", lambda layer, *args: block._run_steps(*args))
             cache = Int4Cache(model.config, dtype=model.torch_int4_report.config.kv_cache)

@@ -149,16 +149,19 @@ def test_copies_and_files_hold_nothing_of_it():
 
 def test_what_was_prepared_goes_with_the_model():
     model, _ = made()
-    number = layers[layer(model)]._number
+    number = layers[layer(model)].number
     known = len(layers)
-    arguments = (torch.zeros(1, 1, 64), number, None, None, *torch.zeros(2, 1, 2, 8, 16), None, None)
+    keys, values = torch.zeros(2, 1, 2, 8, 16)
+    arguments = (torch.zeros(1, 1, 64), [number], None, None, [keys], [values], [None], [None])
     with pytest.raises(RuntimeError, match="length"):
-        OPS.prepared_decoder_layer(*arguments, torch.zeros(2), None, 0, 1.0, 0.0)
+        OPS.prepared_decoder_layers(*arguments, [torch.zeros(2)], None, 0, 1.0, 0.0)
+    with pytest.raises(RuntimeError, match="lists of one length"):
+        OPS.prepared_decoder_layers(*arguments, [], None, 0, 1.0, 0.0)
     del model
     gc.collect()
     assert len(layers) == known - 2
     with pytest.raises(RuntimeError, match=f"there is no prepared layer {number}"):
-        OPS.prepared_decoder_layer(*arguments, torch.zeros(1, dtype=torch.int64), None, 0, 1.0, 0.0)
+        OPS.prepared_decoder_layers(*arguments, [torch.zeros(1, dtype=torch.int64)], None, 0, 1.0, 0.0)
 
 
 def test_weights_that_were_replaced_are_let_go():
@@ -189,10 +192,10 @@ def weakref_to_storage(linear):
 )
 def test_what_does_not_fit_is_refused(cache, x, words):
     model, _ = made()
-    number, length = layers[layer(model)]._number, torch.zeros(1, dtype=torch.int64)
+    number, length = layers[layer(model)].number, torch.zeros(1, dtype=torch.int64)
     keys, values = torch.zeros(2, *cache)
     with pytest.raises(RuntimeError, match=words):
-        OPS.prepared_decoder_layer(
-            torch.zeros(x), number, None, None, keys, values, None, None, length, None, 0, 1.0, 0.0
+        OPS.prepared_decoder_layers(
+            torch.zeros(x), [number], None, None, [keys], [values], [None], [None], [length], None, 0, 1.0, 0.0
         )
     assert length.item() == 0

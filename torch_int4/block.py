@@ -17,6 +17,7 @@ from torch_int4.block_parts import Parts, agree, find_parts
 from torch_int4.cache import Int4Cache
 from torch_int4.calls import call
 from torch_int4.prepared import PreparedLayer, layers, watch
+from torch_int4.stack import running
 from torch_int4.subclass import Mixin
 
 
@@ -30,7 +31,10 @@ class FusedBlock(Mixin):
         # Not where a graph is made of it: inductor would compute masks and angles again for the next layer, from a
         # length that this one has advanced.
         compiling = torch.compiler.is_compiling()
-        output = None if compiling or args else _run_prepared(self, hidden_states, kwargs)
+        turn = None if compiling or args else running.turn
+        output = None if turn is None else turn.run(self, hidden_states, kwargs)
+        if output is None and not (compiling or args):
+            output = _run_prepared(self, hidden_states, kwargs)
         if output is None:
             parts = None if args else find_parts(self, hidden_states, kwargs)
             if parts is None:

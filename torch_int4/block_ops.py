@@ -37,9 +37,10 @@ of the queries and of the keys before the rotation, or empty.
 out_features, group_size, weight_type="int4", compute="int8", activation="silu", norm="rms", eps=1e-6,
 norm_offset=0.0, projections=3, parallel_residual=False, interleaved=False, kv_heads, head_size, value_size) -> int`
 checks all of a layer that stays the same and keeps it, under the number that it returns.
-`prepared_decoder_layer(x, layer, cos, sin, key_cache, value_cache, key_scales, value_scales, length, mask,
-rotary_dim, scale, softcap) -> Tensor` is `decoder_layer` of layer number `layer`; norms and biases may be written to
-in between. `release_decoder_layer(layer)` forgets it. Without shapes for `torch.compile`, as graphs take none of them.
+`prepared_decoder_layers(x, layers, cos, sin, key_caches, value_caches, key_scales, value_scales, lengths, mask,
+rotary_dim, scale, softcap) -> Tensor` is `decoder_layer` of the layers with these numbers, each on what the one before
+gave, with its own entry of the lists; norms and biases may be written to in between. `release_decoder_layer(layer)`
+forgets one. Without shapes for `torch.compile`, as graphs take none of them.
 
 All raise `RuntimeError` naming the argument that does not fit.
 """

@@ -55,65 +55,73 @@ class PreparedLayer:
     ) -> None:
         every = (attention, mlp, *modules)
         self.cache = attention.torch_int4_data.cache  # the argument of `forward`
-        self._attention, self._mlp, self._scales, self._dtype = attention, mlp, scales, dtype
+        self.attention, self.mlp, self.scales, self.dtype = attention, mlp, scales, dtype
         self._heads, self._size = attention.kv_sizes()
-        self._watched = [*watched, *(entry for module in every for entry in watch(vars(module), "forward"))]
-        self._hooks = [hooks for module in every for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self._classes = [(module, type(module)) for module in every]
+        self.watched = [*watched, *(entry for module in every for entry in watch(vars(module), "forward"))]
+        self.hooks = [hooks for module in every for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self.classes = [(module, type(module)) for module in every]
         operators = torch.ops.torch_int4
-        self._number = operators.prepare_decoder_layer(
+        self.number = operators.prepare_decoder_layer(
             **options, kv_heads=self._heads, head_size=self._size, value_size=self._size
         )
-        weakref.finalize(self, operators.release_decoder_layer, self._number).atexit = False
+        weakref.finalize(self, operators.release_decoder_layer, self.number).atexit = False
 
     def serves(self, block: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether nothing has changed, and x and the arguments of `forward` are what the operators take.
 
         This runs for every layer and token: plain loops, no generators.
         """
-        if torch.is_grad_enabled() or type(x) is not Tensor or x.dtype is not self._dtype:
+        if torch.is_grad_enabled() or type(x) is not Tensor or x.dtype is not self.dtype:
             return False
-        if block.training or self._mlp.training or _has_any_global_hook():
+        if block.training or self.mlp.training or _has_any_global_hook():
             return False
-        for owner, name, value in self._watched:
+        for owner, name, value in self.watched:
             if owner.get(name) is not value:
                 return False
-        for hooks in self._hooks:
+        for hooks in self.hooks:
             if hooks:
                 return False
-        for module, kind in self._classes:
+        for module, kind in self.classes:
             if type(module) is not kind:
                 return False
-        for scale in self._scales:
-            if scale.dtype is not self._dtype:
+        for scale in self.scales:
+            if scale.dtype is not self.dtype:
                 return False
-        return bool(self._attention.serves(x, kwargs))
+        return bool(self.attention.serves(x, kwargs))
 
     def run(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The layer's output `[batch, tokens, features]`; the `Int4Cache` takes its keys and values."""
-        attention = self._attention
-        cache = kwargs[self.cache].layer(attention.layer_idx)
-        cache.reserve(x, self._heads, self._size)
-        cos, sin, rotary = attention.rotation(kwargs)
-        scoring = attention.scoring()
-        output: Tensor = call(
-            torch.ops.torch_int4.prepared_decoder_layer.default,
-            x,
-            self._number,
-            cos,
-            sin,
-            cache.keys,
-            cache.values,
-            cache.key_scales,
-            cache.value_scales,
-            cache.length,
-            kwargs.get("attention_mask"),
-            rotary["rotary_dim"],
-            scoring["scale"],
-            scoring["softcap"],
-        )
-        cache.advance(x.shape[1])
-        return output
+        return run_layers([self], x, kwargs)
+
+
+def run_layers(prepared: list[PreparedLayer], x: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """The output of layers that take the same arguments, each on what the one before gave."""
+    first = prepared[0]
+    attention, cache = first.attention, kwargs[first.cache]
+    caches = [cache.layer(layer.attention.layer_idx) for layer in prepared]
+    for layer in caches:
+        layer.reserve(x, first._heads, first._size)
+    cos, sin, rotary = attention.rotation(kwargs)
+    scoring = attention.scoring()
+    output: Tensor = call(
+        torch.ops.torch_int4.prepared_decoder_layers.default,
+        x,
+        [layer.number for layer in prepared],
+        cos,
+        sin,
+        [layer.keys for layer in caches],
+        [layer.values for layer in caches],
+        [layer.key_scales for layer in caches],
+        [layer.value_scales for layer in caches],
+        [layer.length for layer in caches],
+        kwargs.get("attention_mask"),
+        rotary["rotary_dim"],
+        scoring["scale"],
+        scoring["softcap"],
+    )
+    for layer in caches:
+        layer.advance(x.shape[1])
+    return output
 
 
 # By the layers themselves, so that copies of a layer start without and files of whole modules hold nothing of it.

@@ -5,6 +5,8 @@ The subclass carries the name of the stock class, by which transformers and its 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Hashable
 from typing import Any
 
 from torch import nn
@@ -56,6 +58,13 @@ def mix_in(mixin: type[Mixin], module: nn.Module, data: Any = None) -> bool:
         return False
     module.__class__ = mixed(mixin, type(module), data)
     return True
+
+
+@functools.cache
+def data_of(kind: Hashable, mixin: type[Mixin]) -> Any:
+    """What a class was given with a mixin, also where another one was mixed in after it."""
+    classes: tuple[type, ...] = kind.__mro__  # type: ignore[attr-defined]
+    return next(vars(base)["torch_int4_data"] for base in classes if vars(base).get("torch_int4_mixin") is mixin)
 
 
 def _restore(base: Any, layers: tuple[tuple[type[Mixin], Any], ...]) -> Any:
