@@ -16,7 +16,7 @@ from torch_int4.block_layout import BlockLayout, KnownBlock
 from torch_int4.block_parts import Parts, agree, find_parts
 from torch_int4.cache import Int4Cache
 from torch_int4.calls import call
-from torch_int4.prepared import PreparedLayer, layers, watch
+from torch_int4.prepared import Guard, PreparedLayer, layers, watch
 from torch_int4.stack import running
 from torch_int4.subclass import Mixin
 
@@ -144,15 +144,9 @@ def _prepare(block: Any, parts: Parts, x: Tensor) -> PreparedLayer:
         watched += watch(vars(linear), "compute")
     for norm in norms:
         watched += watch(norm._parameters, "weight", "bias") + watch(vars(norm), layout.eps)
-    return PreparedLayer(
-        attention,
-        mlp,
-        [mlp._modules[layout.activation], *norms, *linears],
-        watched,
-        [norm._parameters["weight"] for norm in norms],
-        x.dtype,
-        {**_arguments(parts), "interleaved": inner.interleaved},
-    )
+    modules = (attention, mlp, mlp._modules[layout.activation], *norms, *linears)
+    guard = Guard(x.dtype, watched, modules, [norm._parameters["weight"] for norm in norms])
+    return PreparedLayer(attention, mlp, guard, {**_arguments(parts), "interleaved": inner.interleaved})
 
 
 def _run_steps(parts: Parts, x: Tensor, kwargs: dict[str, Any]) -> Tensor:

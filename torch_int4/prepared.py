@@ -31,35 +31,68 @@ def watch(owner: dict[str, Any], *names: str) -> list[Watched]:
     return [Watched(owner, name, owner.get(name)) for name in names]
 
 
+class Guard:
+    """What must not change: entries of dictionaries, hooks and classes of modules, the dtype of parameters.
+
+    Args:
+        dtype: of x and of `scales`.
+        watched: entries.
+        modules: those that must keep their class, their `forward`, and be without hooks.
+        scales: parameters.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype, watched: Iterable[Watched], modules: Iterable[Any], scales: Iterable[Tensor]
+    ) -> None:
+        every = list(modules)
+        self.dtype, self._scales = dtype, list(scales)
+        self._watched = [*watched, *(entry for module in every for entry in watch(vars(module), "forward"))]
+        self._hooks = [hooks for module in every for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._classes = [(module, type(module)) for module in every]
+
+    def include(self, other: Guard) -> None:
+        """Guard what another one of the same dtype does, too."""
+        self._watched += other._watched
+        self._hooks += other._hooks
+        self._classes += other._classes
+        self._scales += other._scales
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether nothing has changed, and x is a plain tensor of the dtype, and no gradients are recorded.
+
+        This runs for every token: plain loops, no generators.
+        """
+        dtype = self.dtype
+        if torch.is_grad_enabled() or type(x) is not Tensor or x.dtype is not dtype or _has_any_global_hook():
+            return False
+        for owner, name, value in self._watched:
+            if owner.get(name) is not value:
+                return False
+        for hooks in self._hooks:
+            if hooks:
+                return False
+        for module, kind in self._classes:
+            if type(module) is not kind:
+                return False
+        for scale in self._scales:  # noqa: SIM110 (a generator takes twice as long)
+            if scale.dtype is not dtype:
+                return False
+        return True
+
+
 class PreparedLayer:
     """A layer whose linears and norms `prepare_decoder_layer` has looked at.
 
     Args:
         attention, mlp: modules of the layer.
-        modules: all others that take part.
-        watched: what must not change, besides classes and hooks of the modules.
-        scales: parameters that must have the dtype of x.
-        dtype: of x.
+        guard: what must not change, those two included.
         options: arguments of `prepare_decoder_layer`, besides the sizes of heads.
     """
 
-    def __init__(
-        self,
-        attention: Any,
-        mlp: Any,
-        modules: Iterable[Any],
-        watched: Iterable[Watched],
-        scales: list[Tensor],
-        dtype: torch.dtype,
-        options: dict[str, Any],
-    ) -> None:
-        every = (attention, mlp, *modules)
+    def __init__(self, attention: Any, mlp: Any, guard: Guard, options: dict[str, Any]) -> None:
         self.cache = attention.torch_int4_data.cache  # the argument of `forward`
-        self.attention, self.mlp, self.scales, self.dtype = attention, mlp, scales, dtype
+        self.attention, self.mlp, self.guard = attention, mlp, guard
         self._heads, self._size = attention.kv_sizes()
-        self.watched = [*watched, *(entry for module in every for entry in watch(vars(module), "forward"))]
-        self.hooks = [hooks for module in every for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self.classes = [(module, type(module)) for module in every]
         operators = torch.ops.torch_int4
         self.number = operators.prepare_decoder_layer(
             **options, kv_heads=self._heads, head_size=self._size, value_size=self._size
@@ -67,26 +100,9 @@ class PreparedLayer:
         weakref.finalize(self, operators.release_decoder_layer, self.number).atexit = False
 
     def serves(self, block: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> bool:
-        """Whether nothing has changed, and x and the arguments of `forward` are what the operators take.
-
-        This runs for every layer and token: plain loops, no generators.
-        """
-        if torch.is_grad_enabled() or type(x) is not Tensor or x.dtype is not self.dtype:
+        """Whether nothing has changed, and x and the arguments of `forward` are what the operators take."""
+        if block.training or self.mlp.training or not self.guard.holds(x):
             return False
-        if block.training or self.mlp.training or _has_any_global_hook():
-            return False
-        for owner, name, value in self.watched:
-            if owner.get(name) is not value:
-                return False
-        for hooks in self.hooks:
-            if hooks:
-                return False
-        for module, kind in self.classes:
-            if type(module) is not kind:
-                return False
-        for scale in self.scales:
-            if scale.dtype is not self.dtype:
-                return False
         return bool(self.attention.serves(x, kwargs))
 
     def run(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:

@@ -1,7 +1,7 @@
 """All decoder layers of a model in one operator call, where a few tokens are decoded.
 
 A model hands the output of each layer to the next. Where nothing else happens in between, the call of the first layer
-runs all of them, and the others hand on what they are given: Python then costs a fifth of what it costs layer by layer.
+runs all of them, and the others hand on what they are given.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.module import _has_any_global_hook
 
 from torch_int4.cache import Int4Cache
 from torch_int4.errors import Int4Error
-from torch_int4.prepared import PreparedLayer, Watched, layers, run_layers, watch
+from torch_int4.prepared import Guard, PreparedLayer, layers, run_layers, watch
 from torch_int4.subclass import Mixin, data_of
 
 MOST_TOKENS = 32  # in a row; of more, Python's part is small, and an operator call cannot be interrupted
@@ -64,7 +63,7 @@ class Turn:
                 )
             self.done += 1
             return x
-        if block is not self.blocks[0] or x.dim() != 3 or x.shape[1] > MOST_TOKENS:
+        if not self.blocks or block is not self.blocks[0] or x.dim() != 3 or x.shape[1] > MOST_TOKENS:
             return None
         stack = stacks.get(self.model)
         if stack is None or not stack.serves(self.blocks, x, kwargs):
@@ -88,19 +87,15 @@ class PreparedStack:
 
     def __init__(self, config: Any, blocks: list[Any], prepared: list[PreparedLayer]) -> None:
         self._config, self._blocks, self._prepared = config, blocks, prepared
-        self._watched: list[Watched] = [entry for layer in prepared for entry in layer.watched]
-        self._hooks: list[Any] = [hooks for layer in prepared for hooks in layer.hooks]
-        self._classes = [pair for layer in prepared for pair in layer.classes]
+        watched = []
         for block, layer in zip(blocks, prepared, strict=True):
-            attention = layer.attention
-            layout = attention.torch_int4_data
+            layout = layer.attention.torch_int4_data
             names = (layout.head_dim, layout.scale, layout.softcap, "config", "is_causal", "layer_idx", "training")
-            self._watched += watch(vars(attention), *filter(None, names))
-            self._watched += watch(vars(layer.mlp), "training")
-            self._watched += watch(vars(block), "forward", "training")
-            self._hooks += [block._forward_hooks, block._forward_pre_hooks]
-            self._classes.append((block, type(block)))
-        self._scales = [scale for layer in prepared for scale in layer.scales]
+            watched += watch(vars(layer.attention), *filter(None, names))
+            watched += watch(vars(layer.mlp), "training") + watch(vars(block), "training")
+        self._guard = Guard(prepared[0].guard.dtype, watched, blocks, [])
+        for layer in prepared:
+            self._guard.include(layer.guard)
 
     @classmethod
     def of(cls, model: Any, blocks: Iterable[Any]) -> PreparedStack | None:
@@ -109,49 +104,34 @@ class PreparedStack:
         prepared = [layers[block] for block in blocks if block in layers]
         if len(prepared) < len(blocks) or len({id(block) for block in blocks}) < len(blocks):
             return None
-        first = prepared[0].attention
-        layout, scoring, sizes = first.torch_int4_data, first.scoring(), first.kv_sizes()
+        layout = prepared[0].attention.torch_int4_data
         if layout.repeats_kv is not None or layout.positions is not None or layout.unrotated is not None:
             return None
-        for block, layer in zip(blocks, prepared, strict=True):
-            other = layer.attention
-            if other.torch_int4_data != layout or other.config is not first.config or type(other) is not type(first):
-                return None
-            if other.scoring() != scoring or other.kv_sizes() != sizes or other.is_causal != first.is_causal:
-                return None
-            if layer.dtype is not prepared[0].dtype or block.training or other.training or layer.mlp.training:
-                return None
+        kinds = [_kind(layer) for layer in prepared]
+        modules = [*blocks, *(m for layer in prepared for m in (layer.attention, layer.mlp))]
+        if any(kind != kinds[0] for kind in kinds) or any(module.training for module in modules):
+            return None
         return cls(model.config, blocks, prepared)
 
     def serves(self, blocks: list[Any], x: Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether nothing has changed, all layers are going to run, and with arguments that the operators take."""
-        first = self._prepared[0]
-        if torch.is_grad_enabled() or type(x) is not Tensor or x.dtype is not first.dtype or _has_any_global_hook():
-            return False
-        config = vars(self._config)
-        if blocks != self._blocks or config["num_hidden_layers"] != len(blocks):
+        config, first = vars(self._config), self._prepared[0]
+        if blocks != self._blocks or config["num_hidden_layers"] != len(blocks) or not self._guard.holds(x):
             return False
         if len(set(config.get("layer_types") or ())) > 1:  # which may have masks of their own
             return False
-        if not isinstance(kwargs.get(first.cache), Int4Cache) or not first.attention.serves(x, kwargs):
-            return False
-        for owner, name, value in self._watched:
-            if owner.get(name) is not value:
-                return False
-        for hooks in self._hooks:
-            if hooks:
-                return False
-        for module, kind in self._classes:
-            if type(module) is not kind:
-                return False
-        for scale in self._scales:  # noqa: SIM110 (a generator takes twice as long)
-            if scale.dtype is not first.dtype:
-                return False
-        return True
+        return isinstance(kwargs.get(first.cache), Int4Cache) and bool(first.attention.serves(x, kwargs))
 
     def run(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The last layer's output `[batch, tokens, features]`; the `Int4Cache` takes all keys and values."""
         return run_layers(self._prepared, x, kwargs)
+
+
+def _kind(layer: PreparedLayer) -> tuple[Any, ...]:
+    """What must be the same for layers to share one list of arguments."""
+    attention = layer.attention
+    settings = (attention.is_causal, attention.kv_sizes(), attention.scoring(), layer.guard.dtype)
+    return type(attention), attention.torch_int4_data, id(attention.config), *settings
 
 
 class _Running(threading.local):
