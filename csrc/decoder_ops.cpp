@@ -9,6 +9,11 @@
 namespace torch_int4 {
 namespace {
 
+Tensor empty_output(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 3, "torch_int4: x must be [batch, tokens, features], not ", shape_text(x));
+  return torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
+}
+
 Tensor decoder_layer_op(const Tensor& x, std::vector<Tensor> norm_weights, std::vector<OptionalTensor> norm_biases,
                         std::vector<Tensor> head_norms, std::vector<Tensor> weights, std::vector<Tensor> scales,
                         std::vector<OptionalTensor> offsets, std::vector<OptionalTensor> biases,
@@ -27,7 +32,9 @@ Tensor decoder_layer_op(const Tensor& x, std::vector<Tensor> norm_weights, std::
   prepare_layer(p, input_features(x), projections, parallel_residual, interleaved, compute, activation,
                 key_cache.size(1), key_cache.size(3), value_cache.size(3));
   const LayerState state{cos, sin, key_cache, value_cache, key_scales, value_scales, length, mask};
-  return run_layer(p, x, state, rotary_dim, scale, softcap);
+  Tensor y = empty_output(x);
+  run_layer(p, x, state, rotary_dim, scale, softcap, y);
+  return y;
 }
 
 // Prepared layers by their numbers, from 1 up.
@@ -91,12 +98,14 @@ Tensor prepared_op(const Tensor& x, std::vector<int64_t> layers, const OptionalT
                       key_scales.size() == count && value_scales.size() == count && lengths.size() == count,
                   "torch_int4: layers, key_caches, value_caches, key_scales, value_scales and lengths must be lists of "
                   "one length, and not empty");
-  Tensor y = x;
+  std::vector<Tensor> outputs;  // two that take turns
   for (size_t i = 0; i < count; ++i) {
+    if (i < 2) outputs.push_back(empty_output(x));
     const LayerState state{cos, sin, key_caches[i], value_caches[i], key_scales[i], value_scales[i], lengths[i], mask};
-    y = run_layer(*registry().find(layers[i]), y, state, rotary_dim, scale, softcap);
+    run_layer(*registry().find(layers[i]), i ? outputs[(i - 1) % 2] : x, state, rotary_dim, scale, softcap,
+              outputs[i % 2]);
   }
-  return y;
+  return outputs[(count - 1) % 2];
 }
 
 void release_op(int64_t layer) { registry().remove(layer); }

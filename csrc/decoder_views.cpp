@@ -113,9 +113,8 @@ void prepare_layer(PreparedLayer& p, int64_t features, int64_t projections, bool
   l.rotary.interleaved = interleaved;
 }
 
-Tensor run_layer(const PreparedLayer& p, const Tensor& x, const LayerState& state, int64_t rotary_dim, double scale,
-                 double softcap) {
-  STD_TORCH_CHECK(x.dim() == 3, "torch_int4: x must be [batch, tokens, features], not ", shape_text(x));
+void run_layer(const PreparedLayer& p, const Tensor& x, const LayerState& state, int64_t rotary_dim, double scale,
+               double softcap, Tensor& y) {
   DecoderLayer l = p.layer;
   l.rotary.batch = l.attention.batch = x.size(0);
   l.rotary.tokens = l.attention.tokens = x.size(1);
@@ -146,11 +145,9 @@ Tensor run_layer(const PreparedLayer& p, const Tensor& x, const LayerState& stat
   l.attention.scale = float(scale);
   l.attention.softcap = float(softcap);
   l.attention.causal = !state.mask;
-  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), features});
   l.output = y.mutable_data_ptr();
   if (l.x.rows) decoder_layer(l, parallel);
   *static_cast<int64_t*>(state.length.mutable_data_ptr()) += l.rotary.tokens;
-  return y;
 }
 
 }  // namespace torch_int4

@@ -46,7 +46,8 @@ void prepare_layer(PreparedLayer& p, int64_t features, int64_t projections, bool
                    const std::string& compute, const std::string& activation, int64_t kv_heads, int64_t head_size,
                    int64_t value_size);
 
-Tensor run_layer(const PreparedLayer& p, const Tensor& x, const LayerState& state, int64_t rotary_dim, double scale,
-                 double softcap);
+// y = layer(x), both [batch, tokens, features]; y is contiguous and shares no memory with x.
+void run_layer(const PreparedLayer& p, const Tensor& x, const LayerState& state, int64_t rotary_dim, double scale,
+               double softcap, Tensor& y);
 
 }  // namespace torch_int4
