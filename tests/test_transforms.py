@@ -166,6 +166,48 @@ def test_what_was_trained_is_what_is_stored(kind):
     assert torch.isfinite(torch.autograd.grad(want.sum(), leaf)[0]).all()
 
 
+def straight_through(function, x):
+    return x + (function(x) - x).detach()
+
+
+def rounded_by_autograd(quant, weight, low, high):
+    """What `FakeQuant.round` computes, step by step, for groups that fill the rows."""
+    kind = quant.grid.kind
+    w = weight.unflatten(1, (-1, quant.size))
+    least, most = w.amin(2, keepdim=True), w.amax(2, keepdim=True)
+    if kind != "float":
+        least, most = least.clamp(max=0), most.clamp(min=0)
+    least, most = least * low[..., None], most * high[..., None]
+    s, z = quant._fit(least, torch.maximum(least, most) if kind == "float" else most)
+    x = (w - z if kind == "float" else w) / torch.where(s == 0, 1.0, s) + quant.shift.unflatten(1, (-1, quant.size))
+    q = straight_through(torch.round, x)
+    q = (q if kind == "float" else q + z).clamp(0, 15)
+    return (q * s + z if kind == "float" else (q - z) * s).flatten(1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_rounding_are_those_of_autograd(kind):
+    linear = Linear("x", "x", nn.Linear(128, 24))
+    linear.module.weight.data[3, 32:64] = 0
+    linear.module.weight.data[4, :32] = 0.25
+    quant = FakeQuant(linear, Int4Config(group_size=32, **KINDS[kind]), shift=True)
+    g = torch.Generator().manual_seed(0)
+    outer, found = torch.randn(24, 128, generator=g), []
+    quant.shift.uniform_(-0.5, 0.5, generator=g)
+    for factors in (quant.low, quant.high):
+        factors.uniform_(0.7, 1, generator=g)
+    for function in (rounded_by_autograd, FakeQuant.round):
+        quant.shift = quant.shift.detach().requires_grad_()
+        leaves = [t.clone().requires_grad_() for t in (linear.weight, quant.low, quant.high)]
+        with torch.enable_grad():
+            output = function(quant, *leaves)
+            found.append([output.detach(), *torch.autograd.grad(output, [*leaves, quant.shift], outer)])
+    assert torch.equal(found[0][0], found[1][0])
+    for want, got in zip(*found, strict=True):
+        assert want.abs().max() > 0
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_constant_groups_and_zeros_train_without_nan(kind):
     layer = Layer()

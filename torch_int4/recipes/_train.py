@@ -54,8 +54,8 @@ class FakeQuant:
         """The weight after rounding, `[N, K]`, for factors `low` and `high` (which may be functions of parameters)."""
         parts = []
         for columns, groups, length in group_spans(weight.shape[1], self.size):
-            q, s, z = self._codes(weight, low, high, columns, groups, length)
-            parts.append(((q * s + z) if self.grid.kind == "float" else (q - z) * s).flatten(1))
+            w, shift, s, z = self._grids(weight, low, high, columns, groups, length)
+            parts.append(_Rounded.apply(w, shift, s, z, self.grid).flatten(1))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     @torch.no_grad()
@@ -65,15 +65,16 @@ class FakeQuant:
         scales = torch.empty_like(self.low)
         zeros = torch.empty_like(self.low)
         for columns, groups, length in group_spans(weight.shape[1], self.size):
-            q, s, z = self._codes(weight, low, high, columns, groups, length)
+            w, shift, s, z = self._grids(weight, low, high, columns, groups, length)
+            q = _steps(w, shift, s, z, self.grid).clamp_(0, self.grid.levels - 1)
             codes[:, columns] = q.to(torch.uint8).flatten(1)
             scales[:, groups], zeros[:, groups] = s.squeeze(2), z.squeeze(2)
         return pack_up(codes, scales, zeros, self.grid, self.size, self.linear.name)
 
-    def _codes(
+    def _grids(
         self, weight: Tensor, low: Tensor, high: Tensor, columns: slice, groups: slice, length: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes `[N, groups, length]`, scales and zeros `[N, groups, 1]`, all fp32."""
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Weights and shifts `[N, groups, length]`, scales and zeros `[N, groups, 1]`, all fp32."""
         w = weight[:, columns].unflatten(1, (-1, length))
         least, most = w.amin(2, keepdim=True), w.amax(2, keepdim=True)
         if self.grid.kind != "float":
@@ -81,12 +82,8 @@ class FakeQuant:
         least, most = least * low[:, groups, None], most * high[:, groups, None]
         if self.grid.kind == "float":
             most = torch.maximum(least, most)
-        s, z = self._fit(least, most)
-        x = (w - z if self.grid.kind == "float" else w) / torch.where(s == 0, 1.0, s)
-        if self.shift is not None:
-            x = x + self.shift[:, columns].unflatten(1, (-1, length))
-        q = _straight_through(torch.round, x)
-        return (q if self.grid.kind == "float" else q + z).clamp(0, self.grid.levels - 1), s, z
+        shift = None if self.shift is None else self.shift[:, columns].unflatten(1, (-1, length))
+        return w, shift, *self._fit(least, most)
 
     def _fit(self, least: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
         if self.grid.kind == "symmetric":
@@ -96,6 +93,46 @@ class FakeQuant:
         if self.grid.kind == "float":
             return s, _straight_through(round_fp16, least)
         return s, _straight_through(torch.round, -least / torch.where(s == 0, 1.0, s)).clamp(0, 15)
+
+
+class _Rounded(torch.autograd.Function):
+    """The weights that codes stand for, with the gradients of codes that were not rounded.
+
+    By hand, because these are most of what a step costs besides its products: a third of the passes over the weights
+    that autograd would make.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, shift: Tensor | None, s: Tensor, z: Tensor, grid: Grid) -> Tensor:
+        x = _steps(w, shift, s, z, grid)
+        ctx.save_for_backward(w, s, z, x)
+        ctx.grid = grid
+        q = x.clamp(0, grid.levels - 1)
+        return q.mul_(s).add_(z) if grid.kind == "float" else q.sub_(z).mul_(s)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (w, s, z, x), floats, g = ctx.saved_tensors, ctx.grid.kind == "float", grads[0]
+        q = x.clamp(0, ctx.grid.levels - 1)
+        within = g.masked_fill((q != x).logical_or_(s == 0), 0.0)
+        by_shift = within * s if ctx.needs_input_grad[1] else None
+        by_scale = by_zero = None
+        if ctx.needs_input_grad[2]:
+            moved = (within * (w - z if floats else w)).sum(2, keepdim=True).div_(torch.where(s == 0, 1.0, s))
+            by_scale = (q if floats else q.sub_(z)).mul_(g).sum(2, keepdim=True).sub_(moved)
+        if ctx.needs_input_grad[3]:
+            by_zero = (g - within).sum(2, keepdim=True)
+            by_zero = by_zero if floats else by_zero.mul_(s).neg_()
+        return within if ctx.needs_input_grad[0] else None, by_shift, by_scale, by_zero, None
+
+
+def _steps(w: Tensor, shift: Tensor | None, s: Tensor, z: Tensor, grid: Grid) -> Tensor:
+    """Weights in steps of the grid, rounded to whole ones, from code 0 on; a new tensor."""
+    x = (w - z if grid.kind == "float" else w) / torch.where(s == 0, 1.0, s)
+    if shift is not None:
+        x.add_(shift)
+    x.round_()
+    return x if grid.kind == "float" else x.add_(z)
 
 
 def _straight_through(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
