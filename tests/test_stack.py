@@ -1,6 +1,7 @@
 """Layers of a model that run in one operator call give what they give one by one, or run one by one."""
 
 import copy
+import inspect
 import pickle
 import threading
 
@@ -207,6 +208,13 @@ def test_copies_files_and_threads():
         thread.join()
     assert len(found) == 4
     assert all(torch.equal(each, want) for each in found)
+
+
+def test_what_the_model_takes_can_still_be_asked():
+    stock, model = decoder("llama"), made()
+    for mine, theirs in ((model, stock), (model.model, stock.model)):
+        assert inspect.signature(type(mine).forward) == inspect.signature(type(theirs).forward)
+    assert _stack.runs_in_turn(type(model.model), "layers")
 
 
 class Loop(nn.Module):

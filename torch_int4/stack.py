@@ -28,6 +28,8 @@ class FusedStack(Mixin):
     Its data is the list's name.
     """
 
+    shows_signature = True  # transformers asks models what they take
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the stock module gives."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled():

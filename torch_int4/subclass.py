@@ -6,7 +6,7 @@ The subclass carries the name of the stock class, by which transformers and its 
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from torch import nn
@@ -18,6 +18,7 @@ class Mixin:
     torch_int4_base: type  # the stock class
     torch_int4_mixin: type
     torch_int4_data: Any  # what the mixin needs to know of all modules of this class; hashable
+    shows_signature = False  # whether `forward` of the subclass has the signature of the stock one
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
@@ -49,7 +50,19 @@ def _make(mixin: type[Mixin], base: type, data: Any) -> Any:
         "torch_int4_mixin": mixin,
         "torch_int4_data": data,
     }
+    if mixin.shows_signature:
+        fields["forward"] = _as(base, mixin)
     return type(base.__name__, (mixin, base), fields)
+
+
+def _as(base: Any, mixin: Any) -> Callable[..., Any]:
+    """The mixin's `forward`, which takes any arguments, for who asks what the stock one takes."""
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return mixin.forward(self, *args, **kwargs)
+
+    return forward
 
 
 def mix_in(mixin: type[Mixin], module: nn.Module, data: Any = None) -> bool:
