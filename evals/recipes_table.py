@@ -79,14 +79,20 @@ def cells(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
 
 
 def accuracy_cells(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
-    """Accuracy on LAMBADA and its relative drop from float, as text; nothing where it was not measured."""
+    """Accuracy on LAMBADA and its relative drop from float, as text; nothing where it was not measured.
+
+    Where the float model answers nothing right, there is no drop.
+    """
     from torch_int4.paired import accuracy_loss
 
     base = next((r for r in rows if r.recipe == "float"), None)
     if base is None or not row.correct:
         return ()
+    score = f"{sum(row.correct) / len(row.correct):.4f}"
+    if row is base or not any(base.correct):
+        return (score, "", "")
     loss = accuracy_loss(base.correct, row.correct)
-    return (f"{loss.score:.4f}", *(("", "") if row is base else (f"{loss.loss:+.1%}", f"{loss.stderr:.1%}")))
+    return (score, f"{loss.loss:+.1%}", f"{loss.stderr:.1%}")
 
 
 def against_peers(rows: Sequence[Row]) -> list[str]:

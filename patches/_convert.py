@@ -114,5 +114,5 @@ def _with_progress(items: list[ItemT], show: bool | None) -> Iterator[ItemT]:
         if show:
             print(f"\rtorch_int4: {done}/{len(items)} linears", end="", file=sys.stderr, flush=True)
         yield item
-    if show:
+    if show and items:
         print(f"\rtorch_int4: {len(items)}/{len(items)} linears", file=sys.stderr)

@@ -12,6 +12,7 @@ from torch import nn
 from torch_int4 import Int4Config, Int4Error, patch, recipes
 from torch_int4 import calibrated as calibrated_module
 from torch_int4.calibrated import CalibratedPass, find_blocks
+from torch_int4.capture import Tape
 from torch_int4.patches import families
 from torch_int4.recipes import gptq
 from torch_int4.recipes._block import Inputs
@@ -182,6 +183,41 @@ def test_half_precision_models_stay_what_they_are(dtype):
     result = patch(model, recipe="awq+gptq", calibration=small(), compute="fp32", head="float")
     assert {n: p.dtype for n, p in result.named_parameters() if "norm" in n} == norms
     assert logits(result, tokens().view(16, 24)).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_arguments_are_taken_in_fp32_and_the_weights_stay_where_they_were(dtype, monkeypatch):
+    model = decoder("llama", dtype)
+    before = {n: (p.dtype, p.data_ptr()) for n, p in model.named_parameters()}
+    told, used = [], set()
+    real = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w, b=None: used.add(w.dtype) or real(x, w, b))
+    tape = Tape(model, model.model.layers, tokens().view(16, 24), 16, told.append)
+    assert used == {torch.float32}
+    assert told == [0, 1]
+    assert tape.hidden.dtype == dtype
+    assert all(value.dtype == dtype for value in tape.calls[0][0][1]["position_embeddings"])
+    assert {n: (p.dtype, p.data_ptr()) for n, p in model.named_parameters()} == before
+
+
+def test_weights_come_back_where_a_block_fails(monkeypatch):
+    model = decoder("llama", torch.bfloat16)
+    before = {n: p.data_ptr() for n, p in model.named_parameters()}
+    monkeypatch.setattr(model.model.layers[1].mlp, "forward", lambda x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Tape(model, model.model.layers, tokens().view(16, 24), 16)
+    assert {n: p.data_ptr() for n, p in model.named_parameters()} == before
+
+
+def test_progress_names_what_takes_time(capsys):
+    patched("llama", "gptq", small(samples=4), progress=True)
+    lines = capsys.readouterr().err.replace("\n", "\r").split("\r")
+    assert [line.strip() for line in lines if "arguments" in line] == [
+        "torch_int4: gptq, arguments of block 1/2",
+        "torch_int4: gptq, arguments of block 2/2",
+    ]
+    assert "torch_int4: gptq, block 2/2" in [line.strip() for line in lines]
+    assert not any("0/0" in line for line in lines)
 
 
 def test_the_result_depends_on_the_seed_and_on_nothing_else():

@@ -77,6 +77,8 @@ def test_accuracy_is_compared_with_float():
     assert accuracy_cells(base, [base, worse]) == ("0.7500", "", "")
     assert accuracy_cells(worse, [base, worse])[:2] == ("0.5000", "+33.3%")
     assert accuracy_cells(row("gptq", ()), [base]) == accuracy_cells(worse, [worse]) == ()
+    lost = row("float", (0.0, 0.0, 0.0, 0.0))  # there is nothing to lose a share of
+    assert accuracy_cells(worse, [lost, worse]) == ("0.5000", "", "")
 
 
 def test_every_model_answers():

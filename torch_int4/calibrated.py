@@ -66,7 +66,7 @@ class CalibratedPass:
         if calibration.resume is not None:
             notes = (config.recipe, calibration.batch, calibration.seed, self.names)
             self.saved = Progress(calibration.resume, fingerprint(self.config, windows, _tensors(model), *notes))
-        self.tape = Tape(model, blocks, windows, calibration.batch)
+        self.tape = Tape(model, blocks, windows, calibration.batch, self._tell_arguments)
         self.clean: Tensor | None = self.tape.hidden.clone() if self.recipe.needs_targets else None
         if calibration.offload is not None:
             self.tape.offload(calibration.offload, "quantized.bin")
@@ -87,6 +87,12 @@ class CalibratedPass:
                 if self.saved is not None:
                     self.saved.save(index, found, rest, self._states())
             self._tell(len(self.tape.blocks), done, start)
+
+    def _tell_arguments(self, index: int) -> None:
+        """Write which block's arguments are taken: on a large model that takes a while, before any block is done."""
+        if self.progress:
+            text = f"\rtorch_int4: {self.recipe.name}, arguments of block {index + 1}/{len(self.names)}   "
+            print(text, end="", file=sys.stderr, flush=True)
 
     def _tell(self, index: int, done: int, start: float) -> None:
         """Write how far the pass is, and how long the rest will take at the pace so far."""

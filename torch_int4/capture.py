@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,23 @@ class Tape:
     """Hidden states `[samples, T, H]` in front of the next block, and the other arguments of every block.
 
     Samples are run in batches of one size, the last one may be smaller. The states of a batch are overwritten by its
-    outputs when the tape advances.
+    outputs when the tape advances. `tell` is called with the number of each block whose arguments are taken.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], windows: Tensor, batch: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        windows: Tensor,
+        batch: int,
+        tell: Callable[[int], None] = lambda index: None,
+    ) -> None:
         self.blocks = list(blocks)
         self.spans = [slice(i, min(i + batch, len(windows))) for i in range(0, len(windows), batch)]
         self.calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []  # by batch, by block
         self.hidden = torch.empty(0)
         with evaluating(model):
-            self._capture(model, windows)
+            self._capture(model, windows, tell)
 
     @property
     def batches(self) -> int:
@@ -47,8 +55,8 @@ class Tape:
         args, kwargs = self.calls[batch][index]
         states = (self.hidden if hidden is None else hidden)[self.spans[batch]].float()
         if args:
-            return first(module(states, *_in_fp32(args[1:]), **_in_fp32(kwargs)))
-        return first(module(**{**_in_fp32(kwargs), "hidden_states": states}))
+            return first(module(states, *_cast(args[1:]), **_cast(kwargs)))
+        return first(module(**{**_cast(kwargs), "hidden_states": states}))
 
     @torch.no_grad()
     def advance(self, index: int, module: nn.Module) -> None:
@@ -57,7 +65,7 @@ class Tape:
             self.hidden[span] = self.run(index, batch, module).to(self.hidden.dtype)
 
     @torch.no_grad()
-    def _capture(self, model: nn.Module, windows: Tensor) -> None:
+    def _capture(self, model: nn.Module, windows: Tensor, tell: Callable[[int], None]) -> None:
         """States in front of the first block for all batches, and the arguments of all blocks.
 
         Where the first block is given the same for other tokens, the arguments of all blocks are taken from one pass
@@ -67,10 +75,10 @@ class Tape:
         depends = False
         for span in self.spans:
             size = span.stop - span.start
-            states, calls = _record(model, self.blocks, windows[span], full=depends or size not in by_size)
+            states, calls = _record(model, self.blocks, windows[span], tell, full=depends or size not in by_size)
             if not depends and size in by_size and not _same(by_size[size][0], calls[0]):
                 depends = True
-                states, calls = _record(model, self.blocks, windows[span], full=True)
+                states, calls = _record(model, self.blocks, windows[span], tell, full=True)
             if self.hidden.numel() == 0:
                 self.hidden = torch.empty(len(windows), *states.shape[1:], dtype=states.dtype)
             self.hidden[span] = states
@@ -78,13 +86,19 @@ class Tape:
             self.calls.append(calls if depends else by_size[size])
 
 
-def _record(model: nn.Module, blocks: list[nn.Module], ids: Tensor, *, full: bool) -> tuple[Tensor, list[Any]]:
-    """States in front of the first block and, of a full pass, the arguments of each block without its states."""
+def _record(
+    model: nn.Module, blocks: list[nn.Module], ids: Tensor, tell: Callable[[int], None], *, full: bool
+) -> tuple[Tensor, list[Any]]:
+    """States in front of the first block and, of a full pass, the arguments of each block without its states.
+
+    Blocks run in fp32: processors without arithmetic for half precision take minutes for a pass through a 7B model.
+    """
     states: list[Tensor] = []
     calls: list[Any] = []
     last: list[Any] = [None]
+    running = contextlib.ExitStack()
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden = args[0] if args else kwargs.get("hidden_states")
         if not isinstance(hidden, Tensor) or module is not blocks[len(calls) % len(blocks)]:
             raise Int4Error(_NO_CHAIN.format(type(module).__name__))
@@ -95,11 +109,17 @@ def _record(model: nn.Module, blocks: list[nn.Module], ids: Tensor, *, full: boo
         calls.append(((None, *args[1:]) if args else (), dict(kwargs)))
         if not full:
             raise _StopForward
+        tell(len(calls) - 1)
+        running.enter_context(_weights_in_fp32(module))
+        return _cast(args), _cast(kwargs)
 
-    def after(module: nn.Module, args: Any, output: Any) -> None:
+    def after(module: nn.Module, args: Any, output: Any) -> Any:
+        running.close()
+        output = _cast(output, states[0].dtype)
         last[0] = first(output)
         if len(calls) == len(blocks):
             raise _StopForward  # the head over the vocabulary is not needed
+        return output
 
     handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
     handles += [block.register_forward_hook(after) for block in blocks]
@@ -107,6 +127,7 @@ def _record(model: nn.Module, blocks: list[nn.Module], ids: Tensor, *, full: boo
         with contextlib.suppress(_StopForward):
             call_model(model, ids)
     finally:
+        running.close()
         for handle in handles:
             handle.remove()
     if not states or (full and len(calls) != len(blocks)):
@@ -158,15 +179,29 @@ def in_file(tensor: Tensor, path: Path) -> Tensor:
     return mapped[: tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
-def _in_fp32(value: Any) -> Any:
-    """Arguments with their half-precision tensors in fp32, as the block is."""
+def _cast(value: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """Arguments or outputs of a block with their floating-point tensors in one dtype."""
     if isinstance(value, Tensor):
-        return value.float() if value.is_floating_point() else value
+        return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, tuple) and type(value) is tuple:
-        return tuple(_in_fp32(part) for part in value)
+        return tuple(_cast(part, dtype) for part in value)
     if isinstance(value, dict):
-        return {key: _in_fp32(part) for key, part in value.items()}
+        return {key: _cast(part, dtype) for key, part in value.items()}
     return value
+
+
+@contextlib.contextmanager
+def _weights_in_fp32(module: nn.Module) -> Iterator[None]:
+    """Parameters and buffers of half precision in fp32 for a while; then each has its own storage again."""
+    tensors = [t for t in itertools.chain(module.parameters(), module.buffers()) if t.is_floating_point()]
+    own = [tensor.data for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, data in zip(tensors, own, strict=True):
+            tensor.data = data
 
 
 def _same(a: Any, b: Any) -> bool:
