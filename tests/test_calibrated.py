@@ -1,6 +1,8 @@
 """The pass over a model, block by block, with every stage and every family that there is."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -207,6 +209,24 @@ def test_weights_come_back_where_a_block_fails(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         Tape(model, model.model.layers, tokens().view(16, 24), 16)
     assert {n: p.data_ptr() for n, p in model.named_parameters()} == before
+
+
+@pytest.mark.parametrize("recipe", ["gptq", "awq", "teq", "signround", "omniquant"])
+def test_float_weights_are_freed_block_by_block(recipe, monkeypatch):
+    model = decoder("llama")
+    blocks = [[weakref.ref(m.weight) for m in b.modules() if isinstance(m, nn.Linear)] for b in model.model.layers]
+    real, alive = CalibratedPass._quantize, []
+
+    def counting(self, index, module):
+        gc.collect()
+        alive.append([sum(ref() is not None for ref in block) for block in blocks])
+        return real(self, index, module)
+
+    monkeypatch.setattr(CalibratedPass, "_quantize", counting)
+    patch(model, recipe=recipe, calibration=small(samples=4), preset="light")
+    gc.collect()
+    assert alive == [[7, 7], [0, 7]]
+    assert not any(ref() for block in blocks for ref in block)
 
 
 def test_progress_names_what_takes_time(capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -161,14 +162,16 @@ def first(output: Any) -> Tensor:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; modules get back the mode that they had, each its own."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Eval mode for a while; modules get back the mode that they had, each its own. None is kept from being freed."""
+    modes = [(weakref.ref(module), module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for reference, mode in modes:
+            module = reference()
+            if module is not None:
+                module.training = mode
 
 
 def in_file(tensor: Tensor, path: Path) -> Tensor:
