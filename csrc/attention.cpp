@@ -9,7 +9,7 @@
 namespace torch_int4 {
 namespace {
 
-constexpr int64_t kThreadBytes = 1 << 16;  // bytes of keys and values that are worth a thread
+constexpr int64_t kThreadBytes = 1 << 16;  // bytes of keys and values times rows that are worth a thread
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -201,7 +201,7 @@ void attend_spans(Job& job, ParallelFor parallel) {
   job.finished = counters.get<int>(units);
   memset(job.finished, 0, size_t(units) * sizeof(int));
   const int64_t bytes = smaller(job.span, a.length) * (a.query.dim + a.values.dim) * cache_bytes(a.type);
-  parallel(units * job.spans, 1 + kThreadBytes / (bytes + 1), run_spans, &job);
+  parallel(units * job.spans, 1 + kThreadBytes / (bytes * job.rows + 1), run_spans, &job);
   partial.trim(kKeptBytes);
 }
 

@@ -123,11 +123,11 @@ void run_layer(const PreparedLayer& p, const Tensor& x, const LayerState& state,
                   features, " features");
   const Tensor contiguous = make_contiguous(x);
   l.x = view_input(contiguous, features, std::nullopt);
-  std::vector<float> converted[kMaxLinears];
+  thread_local std::vector<float> converted[kMaxLinears];  // as the norms' own, kept: a layer is called many times
   view_memory(p.linears, l, converted);
   l.x.perm = l.perms[0];
   const Norms& given = p.norms;
-  NormView norms[4] = {};
+  thread_local NormView norms[4];
   for (size_t i = 0; i < given.weights.size(); ++i) {
     view_norm(x, features, given.weights[i], given.biases[i], given.kind, given.eps, given.offset, norms[i]);
   }
