@@ -208,6 +208,18 @@ def test_figures_follow_from_times(monkeypatch: pytest.MonkeyPatch) -> None:
     assert data["rows"][0]["decode_tps"] == 2.0
 
 
+def test_what_was_not_measured_has_no_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+    monkeypatch.setattr(generate, "PAUSE", 0)
+    found, drawn = result(), []
+    for row in found.rows:
+        row.prefill = []
+    save = figure.Figure.savefig
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
+    generate_report.plot([found], tmp_path / "speed.png")
+    assert [axes.axison for axes in drawn[0].axes] == [True, False, True, True]
+
+
 def test_contexts_grow_without_repeating_what_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "PAUSE", 0)
     fake: Any = Fake(0.1)

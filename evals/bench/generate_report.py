@@ -195,10 +195,14 @@ def _bars(axes: Any, results: Sequence[Result], colors: dict[str, str], title: s
         (f"{row.engine}\n{r.shape}", value(row, r), colors[row.engine]) for r in results for row in r.rows if row.decode
     ]
     names, values, shades = zip(*entries, strict=True)
+    if not any(values):  # it was not measured
+        axes.set_axis_off()
+        return
     bars = axes.barh(range(len(names)), values, color=shades)
     axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.invert_yaxis()
+    axes.margins(x=0.12)  # for the numbers behind the bars
     axes.set_title(title, fontsize=10)
 
 
