@@ -186,12 +186,22 @@ void run_tiles(void* context, int64_t, int64_t) {
   buffer.trim(kKeptBytes);
 }
 
+// Keys per task, in whole tiles: spans alike in length, and, where heads are few, so many that threads come out even,
+// whatever their number. A task of many rows has more to prepare. The batch has no say: alone or in a batch, a sequence
+// gives the same bits.
+int64_t span_of(bool few, int64_t keys, int64_t kv_heads) {
+  const int64_t enough = few ? 8 : 4;
+  int64_t spans = quotient_up(keys, few ? kSpan : kManySpan);
+  while (kv_heads * spans < enough && keys >= 2 * spans * kKeyTile) spans *= 2;
+  return quotient_up(quotient_up(keys, spans), kKeyTile) * kKeyTile;
+}
+
 void attend_spans(Job& job, ParallelFor parallel) {
   thread_local Buffer partial, counters;
   const Attention& a = job.a;
   const int64_t units = a.batch * a.kv_heads;
   const int64_t first_key = a.window > 0 ? larger(0, a.length - a.tokens - a.window + 1) : 0;
-  job.span = job.rows <= kFewRows ? kSpan : kManySpan;
+  job.span = span_of(job.rows <= kFewRows, a.length - first_key, a.kv_heads);
   job.first_span = smaller(first_key, a.length - 1) / job.span;
   job.spans = quotient_up(a.length, job.span) - job.first_span;
   const int64_t results = units * job.spans * job.rows;

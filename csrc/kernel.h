@@ -56,12 +56,20 @@ struct PackedWeight {
   int64_t blocks_per_group() const { return (group + block - 1) / block; }
 };
 
-// Rows of x as int8, [slabs][rows][32], with the scale and the sum of each block, [blocks][rows].
+// Rows of x as int8, [slabs][rows][32], with the scale of each block, the sum of its codes, and their product, which
+// every panel with float offsets needs; all three [blocks][rows].
 struct QuantizedRows {
   int8_t* codes;
   float* scales;
   int32_t* sums;
+  float* scaled_sums;
   int64_t rows;
+
+  void set_block(int64_t i, float scale, int32_t sum) const {
+    scales[i] = scale;
+    sums[i] = sum;
+    scaled_sums[i] = scale * float(sum);
+  }
 };
 
 // Rows of x as float, [slabs][rows][32].

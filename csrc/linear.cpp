@@ -9,14 +9,15 @@
 namespace torch_int4 {
 namespace {
 
-constexpr int64_t kParallelElements = 1 << 15;  // preparing fewer elements of x than this is not worth a fork-join
+constexpr int64_t kParallelElements = 1 << 13;  // quantizing fewer elements of x than this is not worth a fork-join
+constexpr int64_t kNormCost = 4;                // elements quantized in the time that one is normalized, or gated
 constexpr int64_t kThreadBytes = 1 << 15;       // weight bytes times rows that are worth a thread
 
-// Several read streams per thread help where prefetchers follow each of them; TORCH_INT4_STREAMS=1 turns them off.
+// Two read streams per thread keep more reads under way than one; TORCH_INT4_STREAMS=1 turns that off.
 int streams() {
   static const int value = [] {
     const char* text = getenv("TORCH_INT4_STREAMS");
-    return text ? atoi(text) : 4;
+    return text ? atoi(text) : 2;
   }();
   return value;
 }
@@ -121,17 +122,19 @@ void run_panels(void* context, int64_t begin, int64_t end) {
 
 const char* linear(const PackedWeight* w, const Output* y, int count, const Input& x, Compute compute,
                    ParallelFor parallel) {
-  thread_local Buffer values, scales, sums;
+  thread_local Buffer values, scales, sums, scaled_sums;
   Job job{active_kernels(), w, y, count, x, compute, {}, {}};
   const int64_t rows = x.rows * job.terms(), inputs = w->padded_inputs;
   if (job.integer()) {
-    job.quantized = {values.get<int8_t>(rows * inputs), scales.get<float>(rows * w->blocks),
-                     sums.get<int32_t>(rows * w->blocks), rows};
+    const int64_t blocks = rows * w->blocks;
+    job.quantized = {values.get<int8_t>(rows * inputs), scales.get<float>(blocks), sums.get<int32_t>(blocks),
+                     scaled_sums.get<float>(blocks), rows};
   } else {
     job.floats = {values.get<float>(rows * inputs), rows};
   }
-  if (x.rows > 1 && x.rows * inputs >= kParallelElements) {
-    parallel(x.rows, 1 + kParallelElements / 2 / inputs, prepare_rows, &job);
+  const int64_t row_cost = inputs * (x.norm || x.activation ? kNormCost : 1);
+  if (x.rows > 1 && x.rows * row_cost >= kParallelElements) {
+    parallel(x.rows, 1 + kParallelElements / 2 / row_cost, prepare_rows, &job);
   } else {
     prepare_rows(&job, 0, x.rows);
   }

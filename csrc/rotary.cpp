@@ -50,8 +50,9 @@ void load_head(const Job& job, const HeadsView& view, const void* source, const 
 void store_int8(const Job& job, int64_t dim, const Workspace& w, int8_t* target, float* scale) {
   const int64_t padded = (dim + kSlab - 1) / kSlab * kSlab;
   int32_t sum;
+  float scaled_sum;
   memset(w.x + dim, 0, size_t(padded - dim) * sizeof(float));
-  job.kernels.quantize(w.x, padded, padded, QuantizedRows{w.codes, scale, &sum, 1}, 0, 1);
+  job.kernels.quantize(w.x, padded, padded, QuantizedRows{w.codes, scale, &sum, &scaled_sum, 1}, 0, 1);
   memcpy(target, w.codes, size_t(dim));
 }
 

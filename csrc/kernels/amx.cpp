@@ -104,17 +104,17 @@ struct AmxInt8 {
           for (int64_t s = 0; s < slabs; ++s, codes += slab_bytes(T)) {
             if constexpr (T != WeightType::kInt8) V::unpack<T>(codes, unpacked + s * kSlab * kPanelRows, w.book);
           }
-          const auto group = Loops::load_group(w, panel, b / w.blocks_per_group());
+          const auto group =
+              Loops::load_group(w, w.scale_type, (panel * w.groups + b / w.blocks_per_group()) * kPanelRows);
           const int8_t* x = a.codes + (b * w.block / kSlab * a.rows + row) * kSlab;
-          const float* scale = a.scales + b * a.rows + row;
-          const int32_t* sum = a.sums + b * a.rows + row;
+          const int64_t block = b * a.rows + row;
           for (int i = 0; i < rows; i += kTile) {
             const int count = int(smaller(kTile, rows - i));
             multiply_int8(count == kTile, x + i * kSlab, a.rows * kSlab, weights, slabs, sums);
             for (int m = 0; m < count; ++m) {
               float* target = c + (i + m) * kPanelRows;
-              const auto dot = V::add_int(Loops::start(sum[i + m]), V::load_int(sums + m * kPanelRows));
-              V::store(target, Loops::finish(V::load(target), dot, group, scale[i + m], sum[i + m]));
+              const auto dot = V::add_int(Loops::start(a, block + i + m), V::load_int(sums + m * kPanelRows));
+              V::store(target, Loops::finish(V::load(target), dot, group, a, block + i + m));
             }
           }
         }

@@ -57,14 +57,6 @@ struct Avx2Vectors {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
   }
 
-  // 16 scales or offsets, fp16 or fp32; 16 zero points.
-  TI4_V F load_parameters(const void* p, ScaleType type, int64_t i) {
-    if (type == ScaleType::kF16) return load_as(static_cast<const uint16_t*>(p) + i, DType::kF16);
-    if (type == ScaleType::kF32) return load(static_cast<const float*>(p) + i);
-    alignas(32) float scales[16];
-    for (int lane = 0; lane < 16; ++lane) scales[lane] = from_e8m0(static_cast<const uint8_t*>(p)[i + lane]);
-    return load(scales);
-  }
   TI4_V __m256 lookup8(__m256 low, __m256 high, __m256i index) {
     const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // bit 3 as the sign, which blendv reads
     return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), upper);
@@ -78,9 +70,9 @@ struct Avx2Vectors {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes), nibbles);
   }
-  TI4_V F load_u8(const uint8_t* p) {
+  TI4_V I load_u8(const uint8_t* p) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return to_float({_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))});
+    return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
   }
 
   TI4_V __m128i load128(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }

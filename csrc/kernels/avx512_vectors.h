@@ -30,13 +30,6 @@ struct Avx512Vectors {
   TI4_V int reduce_add(I a) { return _mm512_reduce_add_epi32(a); }
   TI4_V void store_int8(int8_t* p, I a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a)); }
 
-  TI4_V F load_parameters(const void* p, ScaleType type, int64_t i) {
-    if (type == ScaleType::kF16) return load_as(static_cast<const uint16_t*>(p) + i, DType::kF16);
-    if (type == ScaleType::kF32) return load(static_cast<const float*>(p) + i);
-    alignas(64) float scales[16];
-    for (int lane = 0; lane < 16; ++lane) scales[lane] = from_e8m0(static_cast<const uint8_t*>(p)[i + lane]);
-    return load(scales);
-  }
   TI4_V F lookup(const float* values, I index) { return _mm512_permutexvar_ps(index, load(values)); }
   TI4_V I low_nibbles(I x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
   TI4_V I high_nibbles(I x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
@@ -52,8 +45,8 @@ struct Avx512Vectors {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes), nibbles);
   }
-  TI4_V F load_u8(const uint8_t* p) {
-    return to_float(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  TI4_V I load_u8(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
   TI4_V F load_as(const void* p, DType dtype) {
     if (dtype == DType::kF32) return load(static_cast<const float*>(p));

@@ -44,7 +44,7 @@ constexpr int slab_bytes(WeightType type) { return kSlab * kPanelRows / (type ==
 
 constexpr int largest_power_of_two(int n) { return n < 2 ? n : 2 * largest_power_of_two(n / 2); }
 
-constexpr int kStreams = 4;     // panels, far apart, that small M reads at once
+constexpr int kStreams = 2;     // panels, far apart, that small M reads at once
 constexpr int kRowBlock = 128;  // rows of x per pass over a panel: they fit L2, their sums (8 KiB) fit L1
 
 // Rounds y to the type of the output and adds the residual.
@@ -82,6 +82,17 @@ TI4_INLINE void store_rows(const float* c, int rows, int64_t row, int64_t panel,
   }
 }
 
+// 16 scales or float offsets, from element i on.
+template <class V>
+TI4_INLINE typename V::F load_parameters(const void* p, ScaleType type, int64_t i) {
+  if (type == ScaleType::kF16) return V::load_as(static_cast<const uint16_t*>(p) + i, DType::kF16);
+  if (type == ScaleType::kF32) return V::load(static_cast<const float*>(p) + i);
+  const auto exponent = V::load_u8(static_cast<const uint8_t*>(p) + i);
+  const auto power = V::max_int(V::shift_left(exponent, 23), V::set_int(0x400000));  // 0 is a subnormal number
+  const auto quiet = V::shift_left(V::shift_right(V::add_int(exponent, V::set_int(1)), 8), 22);  // and 255 is NaN
+  return V::as_float(V::add_int(power, quiet));
+}
+
 template <class V, WeightType T, Offset O>
 struct Int8Loops {
   using F = typename V::F;
@@ -91,13 +102,13 @@ struct Int8Loops {
     F scale, offset;
   };
 
-  static TI4_INLINE Group load_group(const PackedWeight& w, int64_t panel, int64_t group) {
-    const int64_t i = (panel * w.groups + group) * kPanelRows;
+  // Scales of type `type`, known to the compiler where that is worth a copy of the loop, and offsets from element i on.
+  static TI4_INLINE Group load_group(const PackedWeight& w, ScaleType type, int64_t i) {
     Group g{};
-    g.scale = V::load_parameters(w.scales, w.scale_type, i);
+    g.scale = load_parameters<V>(w.scales, type, i);
     if constexpr (T == WeightType::kBook) g.scale = V::mul(g.scale, V::set(w.book->step));
-    if constexpr (O == Offset::kInteger) g.offset = V::load_u8(static_cast<const uint8_t*>(w.offsets) + i);
-    if constexpr (O == Offset::kFloat) g.offset = V::load_parameters(w.offsets, w.scale_type, i);
+    if constexpr (O == Offset::kInteger) g.offset = V::to_float(V::load_u8(static_cast<const uint8_t*>(w.offsets) + i));
+    if constexpr (O == Offset::kFloat) g.offset = load_parameters<V>(w.offsets, type, i);
     return g;
   }
 
@@ -107,15 +118,16 @@ struct Int8Loops {
     for (int i = 0; i < slab_bytes(T); i += kLineBytes) __builtin_prefetch(codes + kAhead + i);
   }
 
-  static TI4_INLINE I start(int32_t sum) {
-    return V::set_int(O == Offset::kSymmetric ? -(T == WeightType::kInt4 ? 8 : 128) * sum : 0);
+  // Of block i of the rows, counted over all of them.
+  static TI4_INLINE I start(const QuantizedRows& a, int64_t i) {
+    return V::set_int(O == Offset::kSymmetric ? -(T == WeightType::kInt4 ? 8 : 128) * a.sums[i] : 0);
   }
 
-  static TI4_INLINE F finish(F acc, I dot, const Group& g, float scale, int32_t sum) {
+  static TI4_INLINE F finish(F acc, I dot, const Group& g, const QuantizedRows& a, int64_t i) {
     F t = V::to_float(dot);
-    if constexpr (O == Offset::kInteger) t = V::fnmadd(g.offset, V::set(float(sum)), t);
-    acc = V::fmadd(t, V::mul(g.scale, V::set(scale)), acc);
-    if constexpr (O == Offset::kFloat) acc = V::fmadd(g.offset, V::set(scale * float(sum)), acc);
+    if constexpr (O == Offset::kInteger) t = V::fnmadd(g.offset, V::set(float(a.sums[i])), t);
+    acc = V::fmadd(t, V::mul(g.scale, V::set(a.scales[i])), acc);
+    if constexpr (O == Offset::kFloat) acc = V::fmadd(g.offset, V::set(a.scaled_sums[i]), acc);
     return acc;
   }
 
@@ -123,15 +135,15 @@ struct Int8Loops {
   // input's broadcast, keep as many reads under way, and none waits for its own last sum.
   template <int M, int Q>
   static TI4_INLINE void direct_block(F (&acc)[Q][M], const uint8_t* (&codes)[Q], const PackedWeight& w,
-                                      const int8_t* x, int64_t x_step, int64_t inputs, int64_t panel, int64_t apart,
-                                      int64_t group, const float* scale, const int32_t* sum) {
+                                      const QuantizedRows& a, const int8_t* x, int64_t inputs, int64_t i,
+                                      ScaleType type, const int64_t (&first)[Q], int64_t parameter) {
     I dot[Q][M];
 #pragma GCC unroll 8
     for (int q = 0; q < Q; ++q) {
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) dot[q][m] = start(sum[m]);
+      for (int m = 0; m < M; ++m) dot[q][m] = start(a, i + m);
     }
-    for (int64_t k = 0; k < inputs; k += kSlab, x += x_step) {
+    for (int64_t k = 0; k < inputs; k += kSlab, x += a.rows * kSlab) {
       if constexpr (M > 2) prefetch_slab(codes[0]);  // fewer rows leave the processor time to look ahead by itself
       V::template dot32<packed_source(T)>(dot, codes, x, w.book);
 #pragma GCC unroll 8
@@ -139,38 +151,37 @@ struct Int8Loops {
     }
 #pragma GCC unroll 8
     for (int q = 0; q < Q; ++q) {
-      const Group g = load_group(w, panel + q * apart, group);
+      const Group g = load_group(w, type, first[q] + parameter);
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) acc[q][m] = finish(acc[q][m], dot[q][m], g, scale[m], sum[m]);
+      for (int m = 0; m < M; ++m) acc[q][m] = finish(acc[q][m], dot[q][m], g, a, i + m);
     }
   }
 
   // Few rows: P panels, `apart` panels from each other, straight from packed memory, each byte touched once.
   template <int M, int P>
-  static TI4_INLINE void direct_panels(const PackedWeight& w, const QuantizedRows& a, int64_t row, int64_t panel,
-                                       int64_t apart, const Output& out) {
+  static TI4_INLINE void direct_panels(const PackedWeight& w, ScaleType type, const QuantizedRows& a, int64_t row,
+                                       int64_t panel, int64_t apart, const Output& out) {
     constexpr int kTurns = M > 2 ? 1 : V::kTurnSums / M / (T == WeightType::kInt4 ? 1 : 2);
     constexpr int Q = kTurns < P ? kTurns : P;
     F acc[P / Q][Q][M];
     const uint8_t* codes[P / Q][Q];
+    int64_t first[P / Q][Q];
     for (int p = 0; p < P; ++p) {
+      first[p / Q][p % Q] = (panel + p * apart) * w.groups * kPanelRows;
       codes[p / Q][p % Q] = w.codes + (panel + p * apart) * w.panel_bytes();
       for (int m = 0; m < M; ++m) acc[p / Q][p % Q][m] = V::zero();
     }
     const int8_t* x = a.codes + row * kSlab;
     const int64_t per_group = w.blocks_per_group();
-    int64_t group = 0, in_group = 0;
+    int64_t parameter = 0, in_group = 0;
     for (int64_t b = 0; b < w.blocks; ++b) {
       const int64_t inputs = smaller(w.block, w.padded_inputs - b * w.block);
-      const float* scale = a.scales + b * a.rows + row;
-      const int32_t* sum = a.sums + b * a.rows + row;
 #pragma GCC unroll 8
       for (int p = 0; p < P; p += Q) {
-        direct_block(acc[p / Q], codes[p / Q], w, x, a.rows * kSlab, inputs, panel + p * apart, apart, group, scale,
-                     sum);
+        direct_block(acc[p / Q], codes[p / Q], w, a, x, inputs, b * a.rows + row, type, first[p / Q], parameter);
       }
       x += inputs * a.rows;
-      if (++in_group == per_group) in_group = 0, ++group;
+      if (++in_group == per_group) in_group = 0, parameter += kPanelRows;
     }
     alignas(64) float c[M * kPanelRows];
     for (int p = 0; p < P; ++p) {
@@ -183,7 +194,10 @@ struct Int8Loops {
   template <int M, int P>
   static TI4_INLINE void direct_groups(const PackedWeight& w, const QuantizedRows& a, int64_t row, int64_t panel,
                                        int64_t apart, const Output& out) {
-    for (; row + M <= a.rows; row += M) direct_panels<M, P>(w, a, row, panel, apart, out);
+    for (; row + M <= a.rows; row += M) {
+      if (M == 1 && w.scale_type == ScaleType::kF16) direct_panels<M, P>(w, ScaleType::kF16, a, row, panel, apart, out);
+      else direct_panels<M, P>(w, w.scale_type, a, row, panel, apart, out);
+    }
     if constexpr (M > 1) direct_groups<M - 1, P>(w, a, row, panel, apart, out);
   }
 
@@ -197,31 +211,30 @@ struct Int8Loops {
 
   // One register tile: M rows x one panel over one block of unpacked weights; the sums in c are [rows][16] floats.
   template <int M>
-  static TI4_INLINE void tile(const uint8_t* weights, int64_t inputs, const int8_t* x, int64_t x_step,
-                              const float* scale, const int32_t* sum, const Group& g, float* c) {
+  static TI4_INLINE void tile(const uint8_t* weights, int64_t inputs, const QuantizedRows& a, const int8_t* x,
+                              int64_t i, const Group& g, float* c) {
     I dot[1][M];
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) dot[0][m] = start(sum[m]);
-    for (int64_t k = 0; k < inputs; k += kSlab, x += x_step) {
+    for (int m = 0; m < M; ++m) dot[0][m] = start(a, i + m);
+    for (int64_t k = 0; k < inputs; k += kSlab, x += a.rows * kSlab) {
       V::template dot32<unpacked_source(T)>(dot, {weights}, x, nullptr);
       weights += V::template unpacked_bytes<T>() ? V::template unpacked_bytes<T>() : slab_bytes(T);
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       float* sums = c + m * kPanelRows;
-      V::store(sums, finish(V::load(sums), dot[0][m], g, scale[m], sum[m]));
+      V::store(sums, finish(V::load(sums), dot[0][m], g, a, i + m));
     }
   }
 
   // The rows that no whole tile takes, in tiles of the powers of two that add up to them.
   template <int M>
-  static TI4_INLINE void last_tiles(int rows, const uint8_t* weights, int64_t inputs, const int8_t* x, int64_t x_step,
-                                    const float* scale, const int32_t* sum, const Group& g, float* c) {
+  static TI4_INLINE void last_tiles(int rows, const uint8_t* weights, int64_t inputs, const QuantizedRows& a,
+                                    const int8_t* x, int64_t i, const Group& g, float* c) {
     if constexpr (M > 0) {
       const int done = rows & M;
-      if (done) tile<M>(weights, inputs, x, x_step, scale, sum, g, c);
-      last_tiles<M / 2>(rows, weights, inputs, x + done * kSlab, x_step, scale + done, sum + done, g,
-                        c + done * kPanelRows);
+      if (done) tile<M>(weights, inputs, a, x, i, g, c);
+      last_tiles<M / 2>(rows, weights, inputs, a, x + done * kSlab, i + done, g, c + done * kPanelRows);
     }
   }
 
@@ -231,7 +244,6 @@ struct Int8Loops {
     constexpr int kUnpacked = V::template unpacked_bytes<T>();
     alignas(64) uint8_t unpacked[kMaxBlock / kSlab * kUnpacked + 1];
     alignas(64) float c[kRowBlock * kPanelRows];
-    const int64_t x_step = a.rows * kSlab;
     for (int64_t row = 0; row < a.rows; row += kRowBlock) {
       const int rows = int(smaller(kRowBlock, a.rows - row));
       for (int64_t panel = first; panel < last; ++panel) {
@@ -244,16 +256,15 @@ struct Int8Loops {
             prefetch_slab(codes);
             if constexpr (kUnpacked != 0) V::template unpack<T>(codes, unpacked + k * kUnpacked, w.book);
           }
-          const Group g = load_group(w, panel, b / w.blocks_per_group());
+          const Group g = load_group(w, w.scale_type, (panel * w.groups + b / w.blocks_per_group()) * kPanelRows);
           const int8_t* x = a.codes + (b * w.block / kSlab * a.rows + row) * kSlab;
-          const float* scale = a.scales + b * a.rows + row;
-          const int32_t* sum = a.sums + b * a.rows + row;
+          const int64_t block = b * a.rows + row;
           int i = 0;
           for (; i + M <= rows; i += M) {
-            tile<M>(weights, inputs, x + i * kSlab, x_step, scale + i, sum + i, g, c + i * kPanelRows);
+            tile<M>(weights, inputs, a, x + i * kSlab, block + i, g, c + i * kPanelRows);
           }
-          last_tiles<largest_power_of_two(M - 1)>(rows - i, weights, inputs, x + i * kSlab, x_step, scale + i, sum + i,
-                                                  g, c + i * kPanelRows);
+          last_tiles<largest_power_of_two(M - 1)>(rows - i, weights, inputs, a, x + i * kSlab, block + i, g,
+                                                  c + i * kPanelRows);
         }
         store_rows<V>(c, rows, row, panel, w.out_features, out);
       }

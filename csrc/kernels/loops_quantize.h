@@ -48,12 +48,8 @@ void loops_quantize(const float* x, int64_t count, int64_t block, const Quantize
         fine_sum = V::add_int(fine_sum, fine);
       }
     }
-    rows.scales[b * rows.rows + row] = scale;
-    rows.sums[b * rows.rows + row] = V::reduce_add(sum);
-    if (terms == 2) {
-      rows.scales[b * rows.rows + row + 1] = scale / 254.f;
-      rows.sums[b * rows.rows + row + 1] = V::reduce_add(fine_sum);
-    }
+    rows.set_block(b * rows.rows + row, scale, V::reduce_add(sum));
+    if (terms == 2) rows.set_block(b * rows.rows + row + 1, scale / 254.f, V::reduce_add(fine_sum));
   }
 }
 

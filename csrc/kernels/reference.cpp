@@ -64,10 +64,7 @@ void quantize(const float* x, int64_t count, int64_t block, const QuantizedRows&
         sum[1] += target[kSlab];
       }
     }
-    for (int t = 0; t < terms; ++t) {
-      rows.scales[b * rows.rows + row + t] = t ? scale / 254.f : scale;
-      rows.sums[b * rows.rows + row + t] = sum[t];
-    }
+    for (int t = 0; t < terms; ++t) rows.set_block(b * rows.rows + row + t, t ? scale / 254.f : scale, sum[t]);
   }
 }
 
@@ -84,7 +81,7 @@ float dot_int8(const PackedWeight& w, const QuantizedRows& a, int64_t row, int64
     }
     const float weight_scale = w.book ? p.scale * w.book->step : p.scale;
     acc = fmaf(float(dot - p.zero * sum), weight_scale * scale, acc);
-    if (w.offset == Offset::kFloat) acc = fmaf(p.offset, scale * float(sum), acc);
+    if (w.offset == Offset::kFloat) acc = fmaf(p.offset, a.scaled_sums[b * a.rows + row], acc);
   }
   return acc;
 }
