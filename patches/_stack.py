@@ -14,7 +14,7 @@ from ._block import source_of_forward
 def fuse(model: nn.Module) -> int:
     """Let models run lists of fused layers in one operator call each, in place; the number of such models."""
     from ..block import FusedBlock
-    from ..stack import FusedStack
+    from ..stack import FusedLayers, FusedStack
     from ..subclass import mix_in
 
     count = 0
@@ -27,6 +27,7 @@ def fuse(model: nn.Module) -> int:
             fused = all(isinstance(b, FusedBlock) and not b.torch_int4_data.layout.returns_weights for b in blocks)
             kind: Any = type(module)
             if fused and runs_in_turn(kind, name):
+                mix_in(FusedLayers, blocks)
                 count += mix_in(FusedStack, module, name)
                 break
     return count

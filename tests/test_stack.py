@@ -11,7 +11,7 @@ from decoders import FUSED, Calls, assert_near, decoder, prompt
 from torch import nn
 from transformers import DynamicCache
 
-from torch_int4 import Int4Cache, Int4Error, patch, stack
+from torch_int4 import Int4Cache, patch, stack
 from torch_int4.patches import _stack
 from torch_int4.stack import FusedStack, stacks
 
@@ -177,20 +177,37 @@ def test_layers_that_are_called_by_hand():
         assert torch.equal(model.model.norm(x), want)
 
 
-def test_what_else_a_loop_does_is_refused_loudly():
+def test_only_the_models_own_loop_ends_early(monkeypatch):
+    """Who looks at the layers while the model runs, or runs one besides, gets them as they are."""
+    model = made()
+    want, _ = steps(model, 3, 1)
+    seen, forward, norm = [], type(model.model.layers[0]).forward, model.model.norm.forward
+    layers = model.model.layers
+
+    def look(*args, **kwargs):
+        seen.append((list(layers), len(layers[:]), layers[:1][0] is layers[0], layers[-1] is list(layers)[-1]))
+        return norm(*args, **kwargs)
+
+    monkeypatch.setattr(model.model.norm, "forward", look)
+    got, calls = steps(model, 3, 1)
+    assert torch.equal(got, want)
+    assert calls == (2, 4), "all layers in one call, each time"
+    assert seen == [(list(layers), 2, True, True)] * 2
+    ran = []
+    monkeypatch.setattr(type(layers[0]), "forward", lambda block, *a, **k: ran.append(block) or forward(block, *a, **k))
+    steps(model, 1)
+    assert ran == [layers[0]]
+
+
+def test_a_list_of_layers_is_still_one():
     model = made()
     steps(model, 3, 1)
-    turn = stack.Turn(model.model)
-    layer, cache = model.model.layers, Int4Cache()
-    steps(model, 3, cache=cache)
-    with torch.no_grad():
-        x = torch.zeros(2, 1, 64)
-        angles = model.model.rotary_emb(x, position_ids=torch.tensor([[3]]))
-        arguments = {"attention_mask": None, "position_embeddings": angles, "past_key_values": cache}
-        y = turn.run(layer[0], x, arguments)
-        with pytest.raises(Int4Error, match="LlamaModel: its layers were to run in their order"):
-            turn.run(layer[1], y + 1, arguments)
-        assert turn.run(layer[1], y, arguments) is y
+    layers = model.model.layers
+    assert isinstance(layers, nn.ModuleList)
+    assert [len(layers[:1]), len(layers[1:]), len(layers[:])] == [1, 1, 2]
+    assert layers[:] is not layers
+    assert list(layers) == [layers[0], layers[1]]
+    assert repr(layers).startswith("ModuleList(")
 
 
 def test_copies_files_and_threads():

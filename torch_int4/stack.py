@@ -1,21 +1,20 @@
 """All decoder layers of a model in one operator call, where a few tokens are decoded.
 
 A model hands the output of each layer to the next. Where nothing else happens in between, the call of the first layer
-runs all of them, and the others hand on what they are given.
+runs all of them, and the model's loop over them ends there.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_int4.cache import Int4Cache
-from torch_int4.errors import Int4Error
 from torch_int4.prepared import Guard, PreparedLayer, layers, run_layers, watch
 from torch_int4.subclass import Mixin, data_of
 
@@ -45,27 +44,48 @@ class FusedStack(Mixin):
         return "layers in one call, by torch_int4"
 
 
+class FusedLayers(Mixin):
+    """Mixed into the list of those layers: the model's loop over it ends with the first layer if that ran them all."""
+
+    def __iter__(self) -> Iterator[Any]:
+        turn = _turn_of(self)
+        if turn is None or turn.blocks:  # this loop is not the one that runs the layers
+            return super().__iter__()  # type: ignore[misc]
+        return turn.loop()
+
+    def __getitem__(self, index: Any) -> Any:
+        """As of any list, but that a slice of everything needs no new list while the model runs."""
+        if isinstance(index, slice) and _turn_of(self) is not None:
+            every = range(len(self))  # type: ignore[arg-type]
+            if every[index] == every:
+                return self
+        return super().__getitem__(index)  # type: ignore[misc]
+
+
 class Turn:
-    """One call of a model: which of its layers are done."""
+    """One call of a model: its loop over the layers, and what they gave together, if they did."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
         kind: Any = type(model)
-        self.blocks = list(model._modules[data_of(kind, FusedStack)])
-        self.done = 0
+        self.layers = model._modules[data_of(kind, FusedStack)]
+        self.blocks: list[Any] = []
         self.output: Tensor | None = None
+        self._first: Any = None  # the first layer, while it is its turn
+
+    def loop(self) -> Iterator[Any]:
+        """The layers one by one, or the first one alone."""
+        self.blocks = list(self.layers._modules.values())
+        for block in self.blocks:
+            self._first = block if block is self.blocks[0] else None
+            yield block
+            self._first = None
+            if self.output is not None:
+                return
 
     def run(self, block: Any, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-        """What a layer gives, or None where it has to run by itself."""
-        if self.output is not None and self.done < len(self.blocks):
-            if x is not self.output or block is not self.blocks[self.done]:
-                raise Int4Error(
-                    f"{type(self.model).__name__}: its layers were to run in their order, each on what the one before "
-                    f"gave; layer {self.done} was called otherwise. Set torch_int4.stack.MOST_TOKENS = 0"
-                )
-            self.done += 1
-            return x
-        if not self.blocks or block is not self.blocks[0] or x.dim() != 3 or x.shape[1] > MOST_TOKENS:
+        """What all layers give, or None where this one has to run by itself."""
+        if block is not self._first or x.dim() != 3 or x.shape[1] > MOST_TOKENS:
             return None
         stack = stacks.get(self.model)
         if stack is None or not stack.serves(self.blocks, x, kwargs):
@@ -74,8 +94,14 @@ class Turn:
             if stack is None or not stack.serves(self.blocks, x, kwargs):
                 return None
             stacks[self.model] = stack
-        self.output, self.done = stack.run(x, kwargs), 1
+        self._first, self.output = None, stack.run(x, kwargs)
         return self.output
+
+
+def _turn_of(layers: Any) -> Turn | None:
+    """The call that a list of layers runs in."""
+    turn = None if torch.compiler.is_compiling() else running.turn
+    return turn if turn is not None and turn.layers is layers else None
 
 
 class PreparedStack:
@@ -112,6 +138,8 @@ class PreparedStack:
         kinds = [_kind(layer) for layer in prepared]
         modules = [*blocks, *(m for layer in prepared for m in (layer.attention, layer.mlp))]
         if any(kind != kinds[0] for kind in kinds) or any(module.training for module in modules):
+            return None
+        if any("forward" in vars(block) for block in blocks):  # which the model's loop would call
             return None
         return cls(model.config, blocks, prepared)
 
