@@ -20,8 +20,18 @@ QUESTION = "Repeat these notes as a list, one sentence a line, then summarise th
 
 
 @dataclass(frozen=True)
+class Way:
+    """A way to decode: a model, and arguments of its `generate`; `plain` is what it is compared with."""
+
+    how: str
+    model: Any
+    arguments: dict[str, Any]
+    plain: str
+
+
+@dataclass(frozen=True)
 class Row:
-    """One way to decode; seconds for all new tokens, the best and the median of the rounds."""
+    """How long one way took; seconds for all new tokens, the best and the median of the rounds."""
 
     how: str
     new_tokens: int
@@ -32,28 +42,45 @@ class Row:
 
 
 def measure(model: Any, new: int) -> list[Row]:
-    """Plain decoding, prompt lookup with several numbers of guesses, in turns, on a prompt to be repeated.
+    """Plain decoding and prompt lookup with several numbers of guesses; and the same model in float, alone and with
+    this one as its assistant, which makes the float model's own tokens.
 
-    The end-of-text token is ignored, so that each way makes `new` tokens. The model needs its real weights: guesses
-    say nothing about random ones.
+    The model needs its real weights: guesses say nothing about random ones.
     """
-    ids = _prompt()
-    ways: dict[str, dict[str, Any]] = {"plain": {}}
-    ways |= {f"prompt lookup, {count} tokens": {"prompt_lookup_num_tokens": count} for count in GUESSES}
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    from torch_int4.evals import models
+
+    ways = [Way("plain", model, {}, "plain")]
+    ways += [Way(f"prompt lookup, {n} tokens", model, {"prompt_lookup_num_tokens": n}, "plain") for n in GUESSES]
+    exact, _ = models.load()
+    ways.append(Way("float, plain", exact, {}, "float, plain"))
+    model.generation_config.num_assistant_tokens = GUESSES[0]
+    model.generation_config.num_assistant_tokens_schedule = "constant"
+    guessed = f"float, this model guesses {GUESSES[0]} tokens"
+    ways.append(Way(guessed, exact, {"assistant_model": model}, "float, plain"))
+    return compare(_prompt(), new, ways)
+
+
+def compare(ids: torch.Tensor, new: int, ways: list[Way]) -> list[Row]:
+    """The ways in turns. The end-of-text token is ignored, so that each makes `new` tokens."""
+    times: dict[str, list[float]] = {way.how: [] for way in ways}
     outputs: dict[str, Any] = {}
     for round_ in range(ROUNDS + 1):
-        for name, arguments in ways.items():
-            seconds, outputs[name] = _generate(model, ids, new if round_ else 4, arguments)
+        for way in ways:
+            seconds, outputs[way.how] = _generate(way.model, ids, new if round_ else 4, way.arguments)
             if round_:  # the first one warms up
-                times[name].append(seconds)
-    plain = sorted(times["plain"])[ROUNDS // 2]
-    rows = []
-    for name, taken in times.items():
-        median = sorted(taken)[ROUNDS // 2]
-        same = torch.equal(outputs[name], outputs["plain"])
-        rows.append(Row(name, new, min(taken), median, same, plain / median))
-    return rows
+                times[way.how].append(seconds)
+    median = {how: sorted(taken)[ROUNDS // 2] for how, taken in times.items()}
+    return [
+        Row(
+            way.how,
+            new,
+            min(times[way.how]),
+            median[way.how],
+            torch.equal(outputs[way.how], outputs[way.plain]),
+            median[way.plain] / median[way.how],
+        )
+        for way in ways
+    ]
 
 
 @torch.inference_mode()
