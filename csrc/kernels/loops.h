@@ -159,8 +159,9 @@ struct Int8Loops {
 
   // Few rows: P panels, `apart` panels from each other, straight from packed memory, each byte touched once.
   template <int M, int P>
-  static TI4_INLINE void direct_panels(const PackedWeight& w, ScaleType type, const QuantizedRows& a, int64_t row,
+  static TI4_INLINE void direct_panels(const PackedWeight& w, ScaleType type, const QuantizedRows& x_rows, int64_t row,
                                        int64_t panel, int64_t apart, const Output& out) {
+    const QuantizedRows a = x_rows;  // a copy: no store can change its pointers
     constexpr int kTurns = M > 2 ? 1 : V::kTurnSums / M / (T == WeightType::kInt4 ? 1 : 2);
     constexpr int Q = kTurns < P ? kTurns : P;
     F acc[P / Q][Q][M];
@@ -239,7 +240,9 @@ struct Int8Loops {
   }
 
   // Many rows: each block of a panel is unpacked to L1 once and all rows of the pass sweep over it.
-  static void tiled(const PackedWeight& w, const QuantizedRows& a, int64_t first, int64_t last, const Output& out) {
+  static void tiled(const PackedWeight& w, const QuantizedRows& x_rows, int64_t first, int64_t last,
+                    const Output& out) {
+    const QuantizedRows a = x_rows;  // a copy: no store can change its pointers
     constexpr int M = V::kTileRows;
     constexpr int kUnpacked = V::template unpacked_bytes<T>();
     alignas(64) uint8_t unpacked[kMaxBlock / kSlab * kUnpacked + 1];
