@@ -208,16 +208,35 @@ def test_figures_follow_from_times(monkeypatch: pytest.MonkeyPatch) -> None:
     assert data["rows"][0]["decode_tps"] == 2.0
 
 
-def test_what_was_not_measured_has_no_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def panels(results: list[generate.Result], path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What `plot` draws: the title or the label below each panel that is not blank."""
     figure = pytest.importorskip("matplotlib.figure")
-    monkeypatch.setattr(generate, "PAUSE", 0)
-    found, drawn = result(), []
-    for row in found.rows:
-        row.prefill = []
+    drawn: list[Any] = []
     save = figure.Figure.savefig
     monkeypatch.setattr(figure.Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
-    generate_report.plot([found], tmp_path / "speed.png")
-    assert [axes.axison for axes in drawn[0].axes] == [True, False, True, True]
+    generate_report.plot(results, path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    return [axes.get_title() or axes.get_xlabel() for axes in drawn[0].axes if axes.axison]
+
+
+def test_plot_has_a_panel_for_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "PAUSE", 0)
+    found, other, path = result(), result(), tmp_path / "speed.png"
+    other.shape = "another"
+    decode, prefill, context, size = (
+        "decode tok/s",
+        "prefill tok/s",
+        "tokens in the cache",
+        "GB of weights that a token reads",
+    )
+    assert panels([found, other], path, monkeypatch) == [decode, prefill, context, size]
+    assert panels([found], path, monkeypatch) == [decode, prefill, context]  # one shape does not grow
+    for row in found.rows:
+        row.prefill = []
+    assert panels([found], path, monkeypatch) == [decode, context]
+    for row in found.rows:
+        row.contexts = {}
+    assert panels([found], path, monkeypatch) == [decode]
 
 
 def test_contexts_grow_without_repeating_what_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,15 +343,3 @@ def test_command_measures_and_writes(tmp_path: Path) -> None:
     assert data["profile"]["token_s"] > 0
     assert "decode tok/s" in files["markdown"].read_text()
     random.seed(0)
-
-
-def test_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
-    monkeypatch.setattr(generate, "PAUSE", 0)
-    path = tmp_path / "x.png"
-    generate_report.plot([result(), result()], path)
-    assert path.read_bytes().startswith(b"\x89PNG")
-    alone = result()
-    for row in alone.rows:
-        row.contexts, row.prefill = {}, []
-    generate_report.plot([alone], path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,9 @@ def as_json(result: Result) -> dict[str, Any]:
 
 
 def plot(results: Sequence[Result], path: str | Path) -> None:
-    """Bars of decode and prefill by engine, time against context, and against bytes of weights.
+    """Bars of decode and prefill by engine, time against context, and against bytes of weights where shapes differ.
+
+    What was not measured is left out.
 
     Raises:
         Int4Error: if matplotlib is not installed.
@@ -164,24 +166,26 @@ def plot(results: Sequence[Result], path: str | Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 9), layout="constrained")
+    rows = [row for result in results for row in result.rows]
+    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row.engine for row in rows))}
+    panels: list[Callable[[Any], None]] = []
+    if any(row.decode for row in rows):
+        panels.append(lambda axes: _bars(axes, results, colors, "decode tok/s", lambda row, _: row.decode_tps()[1]))
+    if any(row.prefill for row in rows):
+        panels.append(lambda axes: _bars(axes, results, colors, "prefill tok/s", _prefill))
+    if any(row.contexts for row in rows):
+        panels.append(lambda axes: _growth(axes, results, colors))
+    if len({result.shape for result in results if any(row.decode for row in result.rows)}) > 1:
+        panels.append(lambda axes: _sizes(axes, results, colors))
+    columns = min(2, len(panels)) or 1
+    lines_of_panels = -(-len(panels) // columns) or 1
+    figure = Figure(figsize=(6.5 * columns, 4.5 * lines_of_panels), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 2)
-    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(r.engine for s in results for r in s.rows))}
-    _bars(axes[0][0], results, colors, "decode tok/s", lambda row, result: row.decode_tps()[1])
-    _bars(axes[0][1], results, colors, "prefill tok/s", _prefill)
-    for result in results:
-        for row in result.rows:
-            if row.contexts:
-                times = [statistics.median(row.contexts[length]) * 1e3 for length in sorted(row.contexts)]
-                label = f"{row.engine}, {result.shape}"
-                axes[1][0].plot(sorted(row.contexts), times, "o-", color=colors[row.engine], label=label)
-            if row.decode:
-                size, seconds = row.loaded.weight_bytes / 1e9, statistics.median(row.decode) * 1e3
-                axes[1][1].scatter(size, seconds, color=colors[row.engine])
-    axes[1][0].set(xlabel="tokens in the cache", ylabel="ms a token")
-    axes[1][0].legend(fontsize=8) if axes[1][0].lines else axes[1][0].set_axis_off()
-    _limit(axes[1][1], results)
+    places = list(figure.subplots(lines_of_panels, columns, squeeze=False).flat)
+    for draw, axes in zip(panels, places, strict=False):
+        draw(axes)
+    for axes in places[len(panels) :]:
+        axes.set_axis_off()
     figure.suptitle(next(lines(results[0])).split(": ", 1)[1], fontsize=9)
     figure.savefig(path, dpi=120)
 
@@ -195,9 +199,6 @@ def _bars(axes: Any, results: Sequence[Result], colors: dict[str, str], title: s
         (f"{row.engine}\n{r.shape}", value(row, r), colors[row.engine]) for r in results for row in r.rows if row.decode
     ]
     names, values, shades = zip(*entries, strict=True)
-    if not any(values):  # it was not measured
-        axes.set_axis_off()
-        return
     bars = axes.barh(range(len(names)), values, color=shades)
     axes.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
     axes.set_yticks(range(len(names)), names, fontsize=7)
@@ -206,13 +207,35 @@ def _bars(axes: Any, results: Sequence[Result], colors: dict[str, str], title: s
     axes.set_title(title, fontsize=10)
 
 
-def _limit(axes: Any, results: Sequence[Result]) -> None:
-    """The line that reading the weights draws."""
-    sizes = [row.loaded.weight_bytes / 1e9 for result in results for row in result.rows if row.decode]
-    bandwidth = max(result.bandwidth for result in results) / 1e9
+def _growth(axes: Any, results: Sequence[Result], colors: dict[str, str]) -> None:
+    """Time of a token against what lies in the cache."""
+    for result in results:
+        for row in result.rows:
+            if row.contexts:
+                times = [statistics.median(row.contexts[length]) * 1e3 for length in sorted(row.contexts)]
+                label = f"{row.engine}, {result.shape}"
+                axes.plot(sorted(row.contexts), times, "o-", color=colors[row.engine], label=label)
+    axes.set(xlabel="tokens in the cache", ylabel="ms a token", ylim=(0, None))
+    axes.legend(fontsize=8)
+
+
+def _sizes(axes: Any, results: Sequence[Result], colors: dict[str, str]) -> None:
+    """Time of a token against the bytes of the weights, and the line that reading them draws."""
+    sizes = []
+    for result in results:
+        for row in result.rows:
+            if row.decode:
+                size, milliseconds = row.loaded.weight_bytes / 1e9, statistics.median(row.decode) * 1e3
+                label = row.engine if row.engine not in axes.get_legend_handles_labels()[1] else None
+                axes.scatter(size, milliseconds, color=colors[row.engine], label=label)
+                if row is result.rows[0]:
+                    place = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center", "fontsize": 7}
+                    axes.annotate(result.shape, (size, milliseconds), **place)
+                sizes.append(size)
+    slow, fast = (pick(result.bandwidth for result in results) / 1e9 for pick in (min, max))
     ends = [min(sizes) * 0.8, max(sizes) * 1.2]
-    axes.plot(
-        ends, [size / bandwidth * 1e3 for size in ends], "--", color="gray", label=f"read at {bandwidth:.0f} GB/s"
-    )
+    for bandwidth in sorted({round(slow), round(fast)}):
+        axes.plot(ends, [size / bandwidth * 1e3 for size in ends], "--", color="gray", lw=1, zorder=0)
+        axes.annotate(f"{bandwidth} GB/s", (ends[1], ends[1] / bandwidth * 1e3), fontsize=7)
     axes.set(xscale="log", yscale="log", xlabel="GB of weights that a token reads", ylabel="ms a token")
     axes.legend(fontsize=8)
