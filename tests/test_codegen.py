@@ -52,7 +52,7 @@ def test_inner_loops_keep_their_accumulators_in_registers() -> None:
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     tiles: Counter[str] = Counter()
     for name, body in functions(listing):
-        vectors = re.search(r"(?:Int8|Float)Loops<.*?(\w+), ", name)
+        vectors = re.search(r"(?:Int8Loops|FloatLoops|OneRow)<.*?(\w+), ", name)
         if vectors is None:
             continue
         for loop in inner_loops(body):

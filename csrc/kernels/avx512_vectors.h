@@ -24,6 +24,7 @@ struct Avx512Vectors {
   TI4_V I and_int(I a, I b) { return _mm512_and_si512(a, b); }
   TI4_V I max_int(I a, I b) { return _mm512_max_epi32(a, b); }
   TI4_V I shift_right(I a, int n) { return _mm512_srli_epi32(a, unsigned(n)); }
+  TI4_V I shift_right_signed(I a, int n) { return _mm512_srai_epi32(a, unsigned(n)); }
   TI4_V F to_float(I a) { return _mm512_cvtepi32_ps(a); }
   TI4_V I round(F a) { return _mm512_cvtps_epi32(a); }
   TI4_V int reduce_max(I a) { return _mm512_reduce_max_epi32(a); }

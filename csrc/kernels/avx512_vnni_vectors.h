@@ -1,6 +1,7 @@
 // dpbusd over 512-bit vectors: the V of loops.h for AVX-512 VNNI, and for small M on AMX.
 #pragma once
 #include "avx512_vectors.h"
+#include "dot_nibbles.h"
 #include "loops.h"
 
 namespace torch_int4 {
@@ -26,8 +27,17 @@ struct Avx512Vnni : Avx512Vectors {
     }
   }
 
+  // In a register: gcc would rather read memory for each of two masks, of which Zen 4 does only one line a cycle.
+  static TI4_INLINE I load_line(const uint8_t* p) {
+    I line = load_int(p);
+    TI4_KEEP(line);
+    return line;
+  }
+  static TI4_INLINE I dot4(I sum, I codes, const int8_t* x) { return _mm512_dpbusd_epi32(sum, codes, spread_quad(x)); }
+
   template <Source S, int P, int M>
   static TI4_INLINE void dot32(I (&dot)[P][M], const uint8_t* const (&w)[P], const int8_t* x, const Codebook* book) {
+    if constexpr (S == Source::kInt4Lines && M == 1) return dot_nibbles<Avx512Vnni>(dot, w, x);
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
       __m512i shared[M];  // by panels; one panel's products read memory

@@ -9,6 +9,7 @@
 TI4_TARGET("avx2,fma,f16c,avxvnni")
 
 #include "avx2_vectors.h"
+#include "dot_nibbles.h"
 #include "loops.h"
 #include "loops_attention.h"
 #include "loops_block.h"
@@ -28,29 +29,34 @@ struct AvxVnni : Avx2Vectors {
   }
 
   template <Source S>
-  static TI4_INLINE __m256i load_codes(const uint8_t* w, int j, int half, const Codebook* book) {
+  static TI4_INLINE I load_codes(const uint8_t* w, int j, const Codebook* book) {
     if constexpr (S == Source::kInt4Lines || S == Source::kBookLines) {
-      const __m256i line = load256(w + j / 2 * kLineBytes + half * 32);
-      const __m256i nibbles = j % 2 ? high_nibbles(line) : low_nibbles(line);
-      return S == Source::kBookLines ? lookup_bytes(book->planes[2], nibbles) : nibbles;
+      const I line = load_int(w + j / 2 * kLineBytes);
+      const I nibbles =
+          j % 2 ? I{high_nibbles(line.lo), high_nibbles(line.hi)} : I{low_nibbles(line.lo), low_nibbles(line.hi)};
+      if constexpr (S == Source::kInt4Lines) return nibbles;
+      return {lookup_bytes(book->planes[2], nibbles.lo), lookup_bytes(book->planes[2], nibbles.hi)};
     } else {
-      return load256(w + j * kLineBytes + half * 32);
+      return load_int(w + j * kLineBytes);
     }
+  }
+
+  static TI4_INLINE I load_line(const uint8_t* p) { return load_int(p); }
+  static TI4_INLINE I dot4(I sum, I codes, const int8_t* x) {
+    const __m256i quad = spread_quad(x);
+    return {_mm256_dpbusd_avx_epi32(sum.lo, codes.lo, quad), _mm256_dpbusd_avx_epi32(sum.hi, codes.hi, quad)};
   }
 
   template <Source S, int P, int M>
   static TI4_INLINE void dot32(I (&dot)[P][M], const uint8_t* const (&w)[P], const int8_t* x, const Codebook* book) {
+    if constexpr (S == Source::kInt4Lines && M == 1) return dot_nibbles<AvxVnni>(dot, w, x);
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) {
-        const __m256i low = load_codes<S>(w[p], j, 0, book), high = load_codes<S>(w[p], j, 1, book);
+        const I codes = load_codes<S>(w[p], j, book);
 #pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) {
-          const __m256i b = spread_quad(x + m * kSlab + j * 4);
-          dot[p][m].lo = _mm256_dpbusd_avx_epi32(dot[p][m].lo, low, b);
-          dot[p][m].hi = _mm256_dpbusd_avx_epi32(dot[p][m].hi, high, b);
-        }
+        for (int m = 0; m < M; ++m) dot[p][m] = dot4(dot[p][m], codes, x + m * kSlab + j * 4);
       }
     }
   }

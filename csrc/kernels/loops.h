@@ -6,12 +6,11 @@
 // kTileRows, kDirectRows, kFloatRows (rows of the register tiles); kDirectLimit (more rows than this are tiled);
 // kTurnSums (panels times rows, of two at most, whose lines are read in turns; a divisor or multiple of kStreams).
 #pragma once
+#include "loops_common.h"
+#include "loops_one_row.h"
 
 namespace torch_int4 {
 namespace {
-
-// Keeps gcc from loading for a second pass over the same rows while the first one still fills the registers.
-#define TI4_KEEP_MEMORY() __asm__ volatile("" ::: "memory")
 
 // The table of a kernel file whose vectors are V, and its registration; the latter stands outside the target region,
 // because it runs on every processor.
@@ -29,88 +28,12 @@ namespace {
   }                                                                                                     \
   }
 
-// Where an inner product reads its weights: packed lines, or what unpack() made of them in L1.
-enum class Source { kInt4Lines, kInt8Lines, kBookLines, kUnpacked4, kUnpacked8 };
-
-constexpr Source packed_source(WeightType type) {
-  return type == WeightType::kInt4   ? Source::kInt4Lines
-         : type == WeightType::kInt8 ? Source::kInt8Lines
-                                     : Source::kBookLines;
-}
-constexpr Source unpacked_source(WeightType type) {
-  return type == WeightType::kInt4 ? Source::kUnpacked4 : Source::kUnpacked8;
-}
-constexpr int slab_bytes(WeightType type) { return kSlab * kPanelRows / (type == WeightType::kInt8 ? 1 : 2); }
-
-constexpr int largest_power_of_two(int n) { return n < 2 ? n : 2 * largest_power_of_two(n / 2); }
-
-constexpr int kStreams = 2;     // panels, far apart, that small M reads at once
-constexpr int kRowBlock = 128;  // rows of x per pass over a panel: they fit L2, their sums (8 KiB) fit L1
-
-// Rounds y to the type of the output and adds the residual.
-template <class V>
-TI4_INLINE void store_sum(const Output& out, int64_t element, typename V::F y) {
-  const int64_t byte = element * element_bytes(out.dtype);
-  char* target = static_cast<char*>(out.data) + byte;
-  if (out.residual) {
-    if (out.dtype != DType::kF32) V::store_as(target, out.dtype, y), y = V::load_as(target, out.dtype);
-    y = V::add(V::load_as(static_cast<const char*>(out.residual) + byte, out.dtype), y);
-  }
-  V::store_as(target, out.dtype, y);
-}
-
-// Sums the `terms` rows of each output, adds the bias and writes the columns of one panel; `row` counts input rows.
-template <class V>
-TI4_INLINE void store_rows(const float* c, int rows, int64_t row, int64_t panel, int64_t out_features,
-                           const Output& out) {
-  const int64_t column = panel * kPanelRows;
-  const int columns = int(smaller(kPanelRows, out_features - column));
-  alignas(64) float bias[kPanelRows] = {};
-  if (out.bias) memcpy(bias, out.bias + column, size_t(columns) * sizeof(float));
-  for (int i = 0; i < rows; i += out.terms, c += out.terms * kPanelRows) {
-    auto y = V::load(c);
-    if (out.terms == 2) y = V::add(y, V::load(c + kPanelRows));
-    if (out.bias) y = V::add(y, V::load(bias));
-    const int64_t element = (row + i) / out.terms * out.stride + column;
-    if (columns == kPanelRows) {
-      store_sum<V>(out, element, y);
-      continue;
-    }
-    alignas(64) float tail[kPanelRows];
-    V::store(tail, y);
-    for (int n = 0; n < columns; ++n) store_output(out, element + n, tail[n]);
-  }
-}
-
-// 16 scales or float offsets, from element i on.
-template <class V>
-TI4_INLINE typename V::F load_parameters(const void* p, ScaleType type, int64_t i) {
-  if (type == ScaleType::kF16) return V::load_as(static_cast<const uint16_t*>(p) + i, DType::kF16);
-  if (type == ScaleType::kF32) return V::load(static_cast<const float*>(p) + i);
-  const auto exponent = V::load_u8(static_cast<const uint8_t*>(p) + i);
-  const auto power = V::max_int(V::shift_left(exponent, 23), V::set_int(0x400000));  // 0 is a subnormal number
-  const auto quiet = V::shift_left(V::shift_right(V::add_int(exponent, V::set_int(1)), 8), 22);  // and 255 is NaN
-  return V::as_float(V::add_int(power, quiet));
-}
-
 template <class V, WeightType T, Offset O>
-struct Int8Loops {
-  using F = typename V::F;
-  using I = typename V::I;
-
-  struct Group {
-    F scale, offset;
-  };
-
-  // Scales of type `type`, known to the compiler where that is worth a copy of the loop, and offsets from element i on.
-  static TI4_INLINE Group load_group(const PackedWeight& w, ScaleType type, int64_t i) {
-    Group g{};
-    g.scale = load_parameters<V>(w.scales, type, i);
-    if constexpr (T == WeightType::kBook) g.scale = V::mul(g.scale, V::set(w.book->step));
-    if constexpr (O == Offset::kInteger) g.offset = V::to_float(V::load_u8(static_cast<const uint8_t*>(w.offsets) + i));
-    if constexpr (O == Offset::kFloat) g.offset = load_parameters<V>(w.offsets, type, i);
-    return g;
-  }
+struct Int8Loops : Int8Block<V, T, O> {
+  using Block = Int8Block<V, T, O>;
+  using typename Block::F;
+  using typename Block::Group;
+  using typename Block::I;
 
   // Panels are read in pieces of 1 KiB and less, too short for the processor to look ahead by itself.
   static TI4_INLINE void prefetch_slab(const uint8_t* codes) {
@@ -118,30 +41,17 @@ struct Int8Loops {
     for (int i = 0; i < slab_bytes(T); i += kLineBytes) __builtin_prefetch(codes + kAhead + i);
   }
 
-  // Of block i of the rows, counted over all of them.
-  static TI4_INLINE I start(const QuantizedRows& a, int64_t i) {
-    return V::set_int(O == Offset::kSymmetric ? -(T == WeightType::kInt4 ? 8 : 128) * a.sums[i] : 0);
-  }
-
-  static TI4_INLINE F finish(F acc, I dot, const Group& g, const QuantizedRows& a, int64_t i) {
-    F t = V::to_float(dot);
-    if constexpr (O == Offset::kInteger) t = V::fnmadd(g.offset, V::set(float(a.sums[i])), t);
-    acc = V::fmadd(t, V::mul(g.scale, V::set(a.scales[i])), acc);
-    if constexpr (O == Offset::kFloat) acc = V::fmadd(g.offset, V::set(a.scaled_sums[i]), acc);
-    return acc;
-  }
-
   // One block of Q panels, whose codes are left behind it. Panels that are read in turns, line by line, share each
   // input's broadcast, keep as many reads under way, and none waits for its own last sum.
   template <int M, int Q>
   static TI4_INLINE void direct_block(F (&acc)[Q][M], const uint8_t* (&codes)[Q], const PackedWeight& w,
                                       const QuantizedRows& a, const int8_t* x, int64_t inputs, int64_t i,
-                                      ScaleType type, const int64_t (&first)[Q], int64_t parameter) {
+                                      const int64_t (&first)[Q], int64_t parameter) {
     I dot[Q][M];
 #pragma GCC unroll 8
     for (int q = 0; q < Q; ++q) {
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) dot[q][m] = start(a, i + m);
+      for (int m = 0; m < M; ++m) dot[q][m] = Block::start(a, i + m);
     }
     for (int64_t k = 0; k < inputs; k += kSlab, x += a.rows * kSlab) {
       if constexpr (M > 2) prefetch_slab(codes[0]);  // fewer rows leave the processor time to look ahead by itself
@@ -151,19 +61,18 @@ struct Int8Loops {
     }
 #pragma GCC unroll 8
     for (int q = 0; q < Q; ++q) {
-      const Group g = load_group(w, type, first[q] + parameter);
+      const Group g = Block::load_group(w, w.scale_type, first[q] + parameter);
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) acc[q][m] = finish(acc[q][m], dot[q][m], g, a, i + m);
+      for (int m = 0; m < M; ++m) acc[q][m] = Block::finish(acc[q][m], dot[q][m], g, a, i + m);
     }
   }
 
   // Few rows: P panels, `apart` panels from each other, straight from packed memory, each byte touched once.
   template <int M, int P>
-  static TI4_INLINE void direct_panels(const PackedWeight& w, ScaleType type, const QuantizedRows& x_rows, int64_t row,
-                                       int64_t panel, int64_t apart, const Output& out) {
+  static TI4_INLINE void direct_panels(const PackedWeight& w, const QuantizedRows& x_rows, int64_t row, int64_t panel,
+                                       int64_t apart, const Output& out) {
     const QuantizedRows a = x_rows;  // a copy: no store can change its pointers
-    constexpr int kTurns = M > 2 ? 1 : V::kTurnSums / M / (T == WeightType::kInt4 ? 1 : 2);
-    constexpr int Q = kTurns < P ? kTurns : P;
+    constexpr int Q = Block::template turns<M, P>();
     F acc[P / Q][Q][M];
     const uint8_t* codes[P / Q][Q];
     int64_t first[P / Q][Q];
@@ -179,7 +88,7 @@ struct Int8Loops {
       const int64_t inputs = smaller(w.block, w.padded_inputs - b * w.block);
 #pragma GCC unroll 8
       for (int p = 0; p < P; p += Q) {
-        direct_block(acc[p / Q], codes[p / Q], w, a, x, inputs, b * a.rows + row, type, first[p / Q], parameter);
+        direct_block(acc[p / Q], codes[p / Q], w, a, x, inputs, b * a.rows + row, first[p / Q], parameter);
       }
       x += inputs * a.rows;
       if (++in_group == per_group) in_group = 0, parameter += kPanelRows;
@@ -195,16 +104,14 @@ struct Int8Loops {
   template <int M, int P>
   static TI4_INLINE void direct_groups(const PackedWeight& w, const QuantizedRows& a, int64_t row, int64_t panel,
                                        int64_t apart, const Output& out) {
-    for (; row + M <= a.rows; row += M) {
-      if (M == 1 && w.scale_type == ScaleType::kF16) direct_panels<M, P>(w, ScaleType::kF16, a, row, panel, apart, out);
-      else direct_panels<M, P>(w, w.scale_type, a, row, panel, apart, out);
-    }
+    for (; row + M <= a.rows; row += M) direct_panels<M, P>(w, a, row, panel, apart, out);
     if constexpr (M > 1) direct_groups<M - 1, P>(w, a, row, panel, apart, out);
   }
 
   // Splits a range of panels into P segments and reads one panel of each at a time: P streams for the prefetchers.
   template <int P>
   static void direct(const PackedWeight& w, const QuantizedRows& a, int64_t first, int64_t last, const Output& out) {
+    if (OneRow<V, T, O>::serves(w, a)) return OneRow<V, T, O>::template run<P>(w, a, first, last, out);
     const int64_t segment = (last - first) / P;
     for (int64_t i = 0; i < segment; ++i) direct_groups<V::kDirectRows, P>(w, a, 0, first + i, segment, out);
     for (int64_t i = first + P * segment; i < last; ++i) direct_groups<V::kDirectRows, 1>(w, a, 0, i, 0, out);
@@ -216,7 +123,7 @@ struct Int8Loops {
                               int64_t i, const Group& g, float* c) {
     I dot[1][M];
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) dot[0][m] = start(a, i + m);
+    for (int m = 0; m < M; ++m) dot[0][m] = Block::start(a, i + m);
     for (int64_t k = 0; k < inputs; k += kSlab, x += a.rows * kSlab) {
       V::template dot32<unpacked_source(T)>(dot, {weights}, x, nullptr);
       weights += V::template unpacked_bytes<T>() ? V::template unpacked_bytes<T>() : slab_bytes(T);
@@ -224,7 +131,7 @@ struct Int8Loops {
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       float* sums = c + m * kPanelRows;
-      V::store(sums, finish(V::load(sums), dot[0][m], g, a, i + m));
+      V::store(sums, Block::finish(V::load(sums), dot[0][m], g, a, i + m));
     }
   }
 
@@ -259,7 +166,8 @@ struct Int8Loops {
             prefetch_slab(codes);
             if constexpr (kUnpacked != 0) V::template unpack<T>(codes, unpacked + k * kUnpacked, w.book);
           }
-          const Group g = load_group(w, w.scale_type, (panel * w.groups + b / w.blocks_per_group()) * kPanelRows);
+          const Group g =
+              Block::load_group(w, w.scale_type, (panel * w.groups + b / w.blocks_per_group()) * kPanelRows);
           const int8_t* x = a.codes + (b * w.block / kSlab * a.rows + row) * kSlab;
           const int64_t block = b * a.rows + row;
           int i = 0;

@@ -43,11 +43,11 @@ extern "C" {{
 #define TI4_ROWS(name, rows) extern const int ti4_rows_##name; const int ti4_rows_##name = rows;
 TI4_ROWS(one, 1) TI4_ROWS(four, 4) TI4_ROWS(tile, {V}::kTileRows) TI4_ROWS(float, {V}::kFloatRows)
 void ti4_one(const PackedWeight& w, const QuantizedRows& a, const Output& out) {{
-  Loops::direct_panels<1, kStreams>(w, ScaleType::kF16, a, 0, 0, 1, out);
+  OneRow<{V}, WeightType::kInt4, Offset::kSymmetric>::panels<0, kStreams>(w, a, 0, 1, out);
 }}
 void ti4_four(const PackedWeight& w, const QuantizedRows& a, const Output& out, const uint8_t* codes, int64_t n,
               const Loops::Group& g, float* c) {{
-  if constexpr ({V}::kDirectRows >= 4) Loops::direct_panels<4, 1>(w, w.scale_type, a, 0, 0, 0, out);
+  if constexpr ({V}::kDirectRows >= 4) Loops::direct_panels<4, 1>(w, a, 0, 0, 0, out);
   else Loops::tile<4>(codes, n, a, a.codes, 0, g, c);
 }}
 void ti4_tile(const uint8_t* codes, int64_t n, const QuantizedRows& a, const Loops::Group& g, float* c) {{
