@@ -10,7 +10,7 @@ from decoders import Calls, decoder, prompt
 from torch import nn
 
 from torch_int4 import Int4Cache, Int4Linear, patch
-from torch_int4.prepared import layers
+from torch_int4.prepared import Guard, layers
 
 OPS = torch.ops.torch_int4
 
@@ -199,3 +199,20 @@ def test_what_does_not_fit_is_refused(cache, x, words):
             torch.zeros(x), [number], None, None, [keys], [values], [None], [None], [length], None, 0, 1.0, 0.0
         )
     assert length.item() == 0
+
+
+def test_guards_see_hooks_that_come_and_go():
+    modules, model, x = [nn.Identity(), nn.Identity()], nn.Linear(1, 1), torch.ones(2)
+    guard = Guard(torch.float32, [], modules, [])
+    with torch.no_grad():
+        for _ in range(2):
+            assert guard.holds(x)
+            handle = modules[1].register_forward_pre_hook(lambda module, args: None)
+            assert not guard.holds(x)
+            model.register_forward_hook(lambda module, args, output: None)  # another one, of no concern
+            assert not guard.holds(x)
+            handle.remove()
+            assert guard.holds(x)
+        other = Guard(torch.float32, [], [model], [])
+        guard.include(other)
+        assert not guard.holds(x)

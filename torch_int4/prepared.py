@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.hooks import RemovableHandle
 
 from torch_int4.calls import call
 
@@ -34,6 +35,9 @@ def watch(owner: dict[str, Any], *names: str) -> list[Watched]:
 class Guard:
     """What must not change: entries of dictionaries, hooks and classes of modules, the dtype of parameters.
 
+    Every token asks, and between two tokens the weights have gone through the processor's caches, so that what is slow
+    is memory: lists lie close together, and hooks are only looked at once torch has made a handle for a new one.
+
     Args:
         dtype: of x and of `scales`.
         watched: entries.
@@ -44,18 +48,23 @@ class Guard:
     def __init__(
         self, dtype: torch.dtype, watched: Iterable[Watched], modules: Iterable[Any], scales: Iterable[Tensor]
     ) -> None:
-        every = list(modules)
-        self.dtype, self._scales = dtype, list(scales)
-        self._watched = [*watched, *(entry for module in every for entry in watch(vars(module), "forward"))]
-        self._hooks = [hooks for module in every for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self._classes = [(module, type(module)) for module in every]
+        self._modules, self.dtype, self._scales = list(modules), dtype, list(scales)
+        entries = [*watched, *(entry for module in self._modules for entry in watch(vars(module), "forward"))]
+        self._owners = [entry.owner for entry in entries]
+        self._names = [entry.name for entry in entries]
+        self._values = [entry.value for entry in entries]
+        self._classes = [type(module) for module in self._modules]
+        self._handles = -1  # that torch had made when there were no hooks
 
     def include(self, other: Guard) -> None:
         """Guard what another one of the same dtype does, too."""
-        self._watched += other._watched
-        self._hooks += other._hooks
+        self._owners += other._owners
+        self._names += other._names
+        self._values += other._values
+        self._modules += other._modules
         self._classes += other._classes
         self._scales += other._scales
+        self._handles = -1
 
     def holds(self, x: Tensor) -> bool:
         """Whether nothing has changed, and x is a plain tensor of the dtype, and no gradients are recorded.
@@ -65,18 +74,22 @@ class Guard:
         dtype = self.dtype
         if torch.is_grad_enabled() or type(x) is not Tensor or x.dtype is not dtype or _has_any_global_hook():
             return False
-        for owner, name, value in self._watched:
+        for owner, name, value in zip(self._owners, self._names, self._values, strict=True):
             if owner.get(name) is not value:
                 return False
-        for hooks in self._hooks:
-            if hooks:
-                return False
-        for module, kind in self._classes:
+        for module, kind in zip(self._modules, self._classes, strict=True):
             if type(module) is not kind:
                 return False
-        for scale in self._scales:  # noqa: SIM110 (a generator takes twice as long)
+        for scale in self._scales:
             if scale.dtype is not dtype:
                 return False
+        return self._handles == RemovableHandle.next_id or self._without_hooks()
+
+    def _without_hooks(self) -> bool:
+        made = RemovableHandle.next_id
+        if any(module._forward_hooks or module._forward_pre_hooks for module in self._modules):
+            return False
+        self._handles = made
         return True
 
 
