@@ -221,21 +221,23 @@ def _growth(axes: Any, results: Sequence[Result], colors: dict[str, str]) -> Non
 
 def _sizes(axes: Any, results: Sequence[Result], colors: dict[str, str]) -> None:
     """Time of a token against the bytes of the weights, and the line that reading them draws."""
-    sizes = []
+    sizes: list[float] = []
+    names: list[str] = []
     for result in results:
         for row in result.rows:
             if row.decode:
                 size, milliseconds = row.loaded.weight_bytes / 1e9, statistics.median(row.decode) * 1e3
                 label = row.engine if row.engine not in axes.get_legend_handles_labels()[1] else None
                 axes.scatter(size, milliseconds, color=colors[row.engine], label=label)
-                if row is result.rows[0]:
-                    place = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center", "fontsize": 7}
-                    axes.annotate(result.shape, (size, milliseconds), **place)
+                if row is result.rows[0]:  # names of sizes that are nearly the same lie on both sides
+                    side = {"xytext": (-7, 7), "ha": "right"} if len(names) % 2 else {"xytext": (7, -7), "va": "top"}
+                    axes.annotate(result.shape, (size, milliseconds), textcoords="offset points", fontsize=7, **side)
+                    names.append(result.shape)
                 sizes.append(size)
     slow, fast = (pick(result.bandwidth for result in results) / 1e9 for pick in (min, max))
     ends = [min(sizes) * 0.8, max(sizes) * 1.2]
     for bandwidth in sorted({round(slow), round(fast)}):
         axes.plot(ends, [size / bandwidth * 1e3 for size in ends], "--", color="gray", lw=1, zorder=0)
-        axes.annotate(f"{bandwidth} GB/s", (ends[1], ends[1] / bandwidth * 1e3), fontsize=7)
+        axes.annotate(f"{bandwidth} GB/s", (ends[0], ends[0] / bandwidth * 1e3), fontsize=7, va="top")
     axes.set(xscale="log", yscale="log", xlabel="GB of weights that a token reads", ylabel="ms a token")
     axes.legend(fontsize=8)
