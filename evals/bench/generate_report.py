@@ -222,18 +222,24 @@ def _growth(axes: Any, results: Sequence[Result], colors: dict[str, str]) -> Non
 def _sizes(axes: Any, results: Sequence[Result], colors: dict[str, str]) -> None:
     """Time of a token against the bytes of the weights, and the line that reading them draws."""
     sizes: list[float] = []
-    names: list[str] = []
+    names: dict[float, tuple[str, float]] = {}
     for result in results:
         for row in result.rows:
             if row.decode:
                 size, milliseconds = row.loaded.weight_bytes / 1e9, statistics.median(row.decode) * 1e3
                 label = row.engine if row.engine not in axes.get_legend_handles_labels()[1] else None
                 axes.scatter(size, milliseconds, color=colors[row.engine], label=label)
-                if row is result.rows[0]:  # names of sizes that are nearly the same lie on both sides
-                    side = {"xytext": (-7, 7), "ha": "right"} if len(names) % 2 else {"xytext": (7, -7), "va": "top"}
-                    axes.annotate(result.shape, (size, milliseconds), textcoords="offset points", fontsize=7, **side)
-                    names.append(result.shape)
+                if row is result.rows[0]:
+                    names[size] = (result.shape, milliseconds)
                 sizes.append(size)
+    # Where sizes are nearly the same, names lie on different sides.
+    sides: list[dict[str, Any]] = [
+        {"xytext": (7, -7), "va": "top"},
+        {"xytext": (-7, 7), "ha": "right"},
+        {"xytext": (-8, 0), "ha": "right", "va": "center"},
+    ]
+    for i, (size, (shape, milliseconds)) in enumerate(sorted(names.items())):
+        axes.annotate(shape, (size, milliseconds), textcoords="offset points", fontsize=7, **sides[i % 3])
     slow, fast = (pick(result.bandwidth for result in results) / 1e9 for pick in (min, max))
     ends = [min(sizes) * 0.8, max(sizes) * 1.2]
     for bandwidth in sorted({round(slow), round(fast)}):
