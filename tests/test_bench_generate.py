@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -180,12 +181,13 @@ def result(fails: str = "") -> generate.Result:
     pairs: Any = rows
     note = lambda text: None  # noqa: E731
     generate.PAUSE = 0
-    generate._rounds(pairs, plan, note)
+    reads = itertools.cycle([4e9, 2e9])  # before and after each round; the warm-up round has one less
+    generate._rounds(pairs, plan, lambda: next(reads), note)
     generate._contexts(pairs, plan, note)
     generate._batches(pairs, plan, note)
     machine = {"cpu": "x", "threads": 1, "cpus": 2, "load": 0.1, "version": "0", "torch": "2"}
     profile = token_profile.Profile(0.01, 0.008, {"int4_linear": (0.005, 60.0)}, 0.001, 200.0)
-    return generate.Result(machine, "tiny", plan, 4e9, [row for row, _ in rows], {"absent": "not there"}, profile)
+    return generate.Result(machine, "tiny", plan, [row for row, _ in rows], {"absent": "not there"}, profile)
 
 
 def test_figures_follow_from_times(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +195,9 @@ def test_figures_follow_from_times(monkeypatch: pytest.MonkeyPatch) -> None:
     found = result()
     ours, slow, _ = found.rows
     assert ours.decode_tps() == (2.0, 2.0)
-    assert ours.of_bandwidth(4e9) == pytest.approx(0.5)
+    assert ours.read == [4e9] * 3
+    assert ours.of_bandwidth() == pytest.approx(0.5)
+    assert found.bandwidths() == (4e9, 4e9)
     assert ours.prefill == [8.0, 8.0]
     assert list(ours.contexts) == [100, 200]
     assert ours.batches == {4: [0.5, 0.5]}
@@ -285,7 +289,7 @@ def test_profile_of_a_real_token(folder: Path) -> None:
 def test_noise_is_told() -> None:
     rows = [generate.Row("a", worker.Loaded("v", 1, True, 1, 1), decode=[0.1, 0.1, 0.1])]
     machine = {"cpu": "x", "threads": 1, "cpus": 2, "load": 0.1, "version": "0", "torch": "2"}
-    found = generate.Result(machine, "tiny", generate.Plan(), 1e9, rows, {})
+    found = generate.Result(machine, "tiny", generate.Plan(), rows, {})
     assert not any("do not quote" in line for line in generate_report.lines(found))
     rows[0].decode = [0.1, 0.2, 0.3]
     assert any("do not quote" in line for line in generate_report.lines(found))

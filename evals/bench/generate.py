@@ -21,7 +21,7 @@ from .token_profile import Profile
 from .worker import Loaded, Worker
 
 SHORT = 32  # tokens before those whose decoding is timed
-PAUSE = 0.1  # seconds in which the threads of the previous engine go to sleep
+PAUSE = 0.1  # seconds in which the threads of who ran before go to sleep
 RESERVE = 1 << 30  # bytes of memory that stay free
 
 Note = Callable[[str], None]
@@ -63,6 +63,7 @@ class Row:
     engine: str
     loaded: Loaded
     decode: list[float] = field(default_factory=list)  # mean seconds of a token
+    read: list[float] = field(default_factory=list)  # bytes/s read around it: the better of just before and just after
     prefill: list[float] = field(default_factory=list)  # seconds to the first token of `Plan.prefill`
     batches: dict[int, list[float]] = field(default_factory=dict)  # seconds of a step of all sequences
     contexts: dict[int, list[float]] = field(default_factory=dict)  # seconds of a token at that length
@@ -73,23 +74,28 @@ class Row:
         """Tokens per second: of the best round, and of the median one."""
         return 1 / min(self.decode), 1 / statistics.median(self.decode)
 
-    def of_bandwidth(self, bandwidth: float) -> float:
-        """The time that its weights take to be read, over the time of the median token."""
-        return self.loaded.weight_bytes / bandwidth / statistics.median(self.decode)
+    def of_bandwidth(self) -> float:
+        """The time that its weights take to be read at the bandwidth of each round, over a token's; the median."""
+        size = self.loaded.weight_bytes
+        return statistics.median(size / read / token for read, token in zip(self.read, self.decode, strict=True))
 
 
 @dataclass
 class Result:
-    """A whole run on one shape; bandwidth in bytes per second."""
+    """A whole run on one shape."""
 
     machine: dict[str, Any]
     shape: str
     plan: Plan
-    bandwidth: float
     rows: list[Row]
     left_out: dict[str, str]
     profile: Profile | None = None
     speculation: list[Any] = field(default_factory=list)
+
+    def bandwidths(self) -> tuple[float, float]:
+        """Bytes per second that were read around the rounds, at least and at most."""
+        speeds = [speed for row in self.rows for speed in row.read]
+        return min(speeds, default=0.0), max(speeds, default=0.0)
 
 
 def spec_of(shape: Shape, plan: Plan, threads: int, folder: Path, options: dict[str, Any]) -> Spec:
@@ -139,13 +145,13 @@ def measure(spec: Spec, plan: Plan, names: Sequence[str] = (), note: Note = lamb
         if not workers:
             raise Int4Error("no engine can run: " + "; ".join(f"{name}: {why}" for name, why in left_out.items()))
         rows = {row.engine: row for row, _ in workers}
-        _rounds(workers, plan, note)
+        _rounds(workers, plan, limits.read_now, note)
         _contexts(workers, plan, note)
         _batches(workers, plan, note)
         for row, worker in workers:
             if not row.failed:
                 row.peak = worker.ask("peak")
-        result = Result(machine, spec.shape, plan, limits.bandwidth().per_second, list(rows.values()), left_out)
+        result = Result(machine, spec.shape, plan, list(rows.values()), left_out)
         _extras(workers, spec, plan, result, note)
     return result
 
@@ -181,21 +187,28 @@ def prompt(tokens: int) -> list[int]:
     return [3 + (7 * i) % 251 for i in range(tokens)]
 
 
-def _rounds(workers: list[tuple[Row, Worker]], plan: Plan, note: Note) -> None:
-    """Decoding after a short prompt, and the time of a long one, with the engines in another order each round."""
+def _rounds(workers: list[tuple[Row, Worker]], plan: Plan, read: Callable[[], float], note: Note) -> None:
+    """Decoding after a short prompt, and the time of a long one, with the engines in another order each round.
+
+    `read` gives the bytes that this process reads in a second at that moment.
+    """
     order, shuffle = list(workers), random.Random(0)
     for round_ in range(plan.rounds + 1):
         shuffle.shuffle(order)
         for row, worker in order:
             note(f"round {round_} of {plan.rounds}: {row.engine}")
-            _guarded(row, partial(_round, row, worker, plan, round_))
+            _guarded(row, partial(_round, row, worker, plan, read, round_))
 
 
-def _round(row: Row, worker: Worker, plan: Plan, round_: int) -> None:
+def _round(row: Row, worker: Worker, plan: Plan, read: Callable[[], float], round_: int) -> None:
+    time.sleep(PAUSE)
+    before = read()
     time.sleep(PAUSE)
     worker.ask("clear", 1)
     times = worker.ask("extend", prompt(SHORT), 1 + (plan.tokens if round_ else 2))
     if round_:
+        time.sleep(PAUSE)
+        row.read.append(max(before, read()))
         row.decode.append(statistics.fmean(times[1:]))
     if plan.prefill and 0 < round_ <= plan.prefill_rounds:
         worker.ask("clear", 1)

@@ -33,7 +33,7 @@ def cells(row: Row, result: Result) -> tuple[str, ...]:
         f"{best:.1f}",
         f"{median:.1f}",
         times,
-        f"{row.of_bandwidth(result.bandwidth):.0%}",
+        f"{row.of_bandwidth():.0%}",
         prefill,
         f"{row.loaded.weight_bytes / 1e6:.0f}",
         f"{row.loaded.resident / 1e6:.0f}",
@@ -108,14 +108,16 @@ def tables(result: Result) -> Iterator[tuple[Sequence[str], Sequence[Sequence[st
 def lines(result: Result) -> Iterator[str]:
     """Where and with what the figures were taken, whether they may be quoted, and who did not take part."""
     machine = result.machine
+    slow, fast = result.bandwidths()
     yield (
         f"{result.shape}: {machine['cpu']}, {machine['threads']} threads of {machine['cpus']} CPUs, load "
         f"{machine['load']} before the run; torch_int4 {machine['version']}, torch {machine['torch']}; read "
-        f"bandwidth {result.bandwidth / 1e9:.1f} GB/s"
+        f"bandwidth {slow / 1e9:.1f} to {fast / 1e9:.1f} GB/s around the rounds"
     )
     yield (
-        "x is this package's median speed over the engine's; of read is the time to read its weights once over "
-        "its median token; loaded and peak are resident MB after loading and while running"
+        "x is this package's median speed over the engine's; of read is the time to read its weights once, at the "
+        "bandwidth just before or after a round, over a token of it, in the median; loaded and peak are resident MB "
+        "after loading and while running"
     )
     noisy = [row.engine for row in result.rows if row.decode and _is_noisy(row)]
     if machine["load"] > BUSY or noisy:
@@ -146,7 +148,7 @@ def as_json(result: Result) -> dict[str, Any]:
         if row.decode:
             best, median = row.decode_tps()
             entry |= {"decode_tps": best, "decode_tps_median": median}
-            entry["of_bandwidth"] = row.of_bandwidth(result.bandwidth)
+            entry["of_bandwidth"] = row.of_bandwidth()
     if result.profile is not None:
         data["profile"]["rows"] = result.profile.rows()
     return data
@@ -240,9 +242,9 @@ def _sizes(axes: Any, results: Sequence[Result], colors: dict[str, str]) -> None
     ]
     for i, (size, (shape, milliseconds)) in enumerate(sorted(names.items())):
         axes.annotate(shape, (size, milliseconds), textcoords="offset points", fontsize=7, **sides[i % 3])
-    slow, fast = (pick(result.bandwidth for result in results) / 1e9 for pick in (min, max))
+    seen = [speed / 1e9 for result in results for speed in result.bandwidths()]
     ends = [min(sizes) * 0.8, max(sizes) * 1.2]
-    for bandwidth in sorted({round(slow), round(fast)}):
+    for bandwidth in sorted({round(min(seen)), round(max(seen))}):
         axes.plot(ends, [size / bandwidth * 1e3 for size in ends], "--", color="gray", lw=1, zorder=0)
         axes.annotate(f"{bandwidth} GB/s", (ends[0], ends[0] / bandwidth * 1e3), fontsize=7, va="top")
     axes.set(xscale="log", yscale="log", xlabel="GB of weights that a token reads", ylabel="ms a token")
