@@ -13,7 +13,7 @@ constexpr int64_t kParallelElements = 1 << 13;  // quantizing fewer elements of 
 constexpr int64_t kNormCost = 4;                // elements quantized in the time that one is normalized, or gated
 constexpr int64_t kThreadBytes = 1 << 15;       // weight bytes times rows that are worth a thread
 
-// Two read streams per thread keep more reads under way than one; TORCH_INT4_STREAMS=1 turns that off.
+// Several read streams per thread keep more reads under way than one; TORCH_INT4_STREAMS=1 turns that off.
 int streams() {
   static const int value = [] {
     const char* text = getenv("TORCH_INT4_STREAMS");

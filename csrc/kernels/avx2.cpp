@@ -81,7 +81,8 @@ struct Avx2Planes : Avx2Vectors {
 
 struct Avx2 : PlaneProducts<Avx2Planes, Avx2Vectors> {
   using Planes = Avx2Planes;
-  static constexpr int kTileRows = 3, kDirectRows = 4, kDirectLimit = 12, kFloatRows = 6, kTurnSums = 4;
+  static constexpr int kTileRows = 4, kDirectRows = 4, kDirectLimit = 12, kFloatRows = 6, kTurnSums = 4;
+  static constexpr int kRowStreams = 4;
 
   // 32 inputs of a panel: int4 becomes one byte per weight, 8-bit codes the plane of their low nibbles and that of their
   // high ones.

@@ -72,6 +72,7 @@ struct Avx512Planes : Avx512Vectors {
 struct Avx512 : PlaneProducts<Avx512Planes, Avx512Vectors> {
   using Planes = Avx512Planes;
   static constexpr int kTileRows = 8, kDirectRows = 4, kDirectLimit = 12, kFloatRows = 14, kTurnSums = 8;
+  static constexpr int kRowStreams = kStreams;
 
   // 32 inputs of a panel: int4 becomes one byte per weight, 8-bit codes the plane of their low nibbles and that of their
   // high ones.

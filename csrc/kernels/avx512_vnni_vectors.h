@@ -9,6 +9,7 @@ namespace {
 
 struct Avx512Vnni : Avx512Vectors {
   static constexpr int kTileRows = 12, kDirectRows = 8, kDirectLimit = 16, kFloatRows = 14, kTurnSums = 8;
+  static constexpr int kRowStreams = kStreams;
 
   // Int8 lines are what dpbusd reads: they stay where they are.
   template <WeightType T>

@@ -21,6 +21,7 @@ namespace {
 
 struct AvxVnni : Avx2Vectors {
   static constexpr int kTileRows = 4, kDirectRows = 2, kDirectLimit = 8, kFloatRows = 6, kTurnSums = 4;
+  static constexpr int kRowStreams = kStreams;
 
   // Int8 lines are what dpbusd reads: they stay where they are.
   template <WeightType T>

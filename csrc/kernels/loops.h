@@ -4,7 +4,8 @@
 // V supplies: F and I (16 floats, 16 int32) with load/store/arithmetic; dot32<Source, P, M>, the inner products of 32
 // inputs of P panels with M rows; unpack<WeightType> and unpacked_bytes<WeightType> (0: tiles read the packed lines);
 // kTileRows, kDirectRows, kFloatRows (rows of the register tiles); kDirectLimit (more rows than this are tiled);
-// kTurnSums (panels times rows, of two at most, whose lines are read in turns; a divisor or multiple of kStreams).
+// kTurnSums (panels times rows, of two at most, whose lines are read in turns; a divisor or multiple of the streams);
+// kRowStreams (panels, far apart, that one row reads at once).
 #pragma once
 #include "loops_common.h"
 #include "loops_one_row.h"
@@ -111,7 +112,8 @@ struct Int8Loops : Int8Block<V, T, O> {
   // Splits a range of panels into P segments and reads one panel of each at a time: P streams for the prefetchers.
   template <int P>
   static void direct(const PackedWeight& w, const QuantizedRows& a, int64_t first, int64_t last, const Output& out) {
-    if (OneRow<V, T, O>::serves(w, a)) return OneRow<V, T, O>::template run<P>(w, a, first, last, out);
+    if (OneRow<V, T, O>::serves(w, a))
+      return OneRow<V, T, O>::template run<P == 1 ? 1 : V::kRowStreams>(w, a, first, last, out);
     const int64_t segment = (last - first) / P;
     for (int64_t i = 0; i < segment; ++i) direct_groups<V::kDirectRows, P>(w, a, 0, first + i, segment, out);
     for (int64_t i = first + P * segment; i < last; ++i) direct_groups<V::kDirectRows, 1>(w, a, 0, i, 0, out);

@@ -22,7 +22,7 @@ constexpr int slab_bytes(WeightType type) { return kSlab * kPanelRows / (type ==
 
 constexpr int largest_power_of_two(int n) { return n < 2 ? n : 2 * largest_power_of_two(n / 2); }
 
-constexpr int kStreams = 2;     // panels, far apart, that small M reads at once
+constexpr int kStreams = 2;     // panels, far apart, that few rows read at once
 constexpr int kRowBlock = 128;  // rows of x per pass over a panel: they fit L2, their sums (8 KiB) fit L1
 
 // Rounds y to the type of the output and adds the residual.
