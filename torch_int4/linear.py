@@ -113,14 +113,16 @@ class Int4Linear(nn.Linear):
         """The product without the linears that share this input."""
         if x.shape[-1] != self.in_features:
             raise Int4Error(f"Int4Linear takes {self.in_features} features, but x has shape {tuple(x.shape)}")
+        # Asking the module takes Python code for each of them, which a large weight has pushed out of the caches.
+        held = self._buffers
         y: Tensor = call(
             torch.ops.torch_int4.int4_linear.default,
             x,
-            self.packed,
-            self.packed_scales,
-            self.packed_offsets,
-            self.bias,
-            self.perm,
+            held["packed"],
+            held["packed_scales"],
+            held["packed_offsets"],
+            self._parameters["bias"],
+            held["perm"],
             out_features=self.out_features,
             group_size=self.group_size,
             weight_type=self.weight_type,

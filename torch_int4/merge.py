@@ -47,14 +47,15 @@ class SharedInput:
 
     def _run(self, x: Tensor) -> list[Tensor]:
         first = self.members[0]
+        held = [m._buffers for m in self.members]  # asking modules takes longer, see Int4Linear.forward_alone
         outputs: list[Tensor] = call(
             torch.ops.torch_int4.int4_linears.default,
             x,
-            [m.packed for m in self.members],
-            [m.packed_scales for m in self.members],
-            [m.packed_offsets for m in self.members],
-            [m.bias for m in self.members],
-            first.perm,
+            [buffers["packed"] for buffers in held],
+            [buffers["packed_scales"] for buffers in held],
+            [buffers["packed_offsets"] for buffers in held],
+            [m._parameters["bias"] for m in self.members],
+            held[0]["perm"],
             out_features=[m.out_features for m in self.members],
             group_size=first.group_size,
             weight_type=first.weight_type,
