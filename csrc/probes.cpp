@@ -52,7 +52,8 @@ using torch::stable::Tensor;
 
 // maddubs_madd widens every product at once, which any int8 operands need. maddubs_add16 adds eight products in int16
 // before it widens them, which is exact for weights of 4 bits. maddubs_add16_only never widens: it is no product, but
-// bounds every loop that is made of the pair.
+// bounds every loop that is made of the pair. issue counts instructions that need no unit: a core that another thread
+// shares issues half as many, which slows kernels, while the loops above have instructions to spare.
 #define TI4_ADD16       \
   TI4_CHAINS(TI4_FIRST) \
   TI4_CHAINS(TI4_NEXT) TI4_TWICE(TI4_TWICE(TI4_CHAINS(TI4_NEXT))) TI4_TWICE(TI4_CHAINS(TI4_NEXT)) TI4_CHAINS(TI4_WIDEN)
@@ -63,6 +64,7 @@ TI4_LOOP(maddubs_madd_256, TI4_8_TIMES(TI4_CHAINS(TI4_WIDE)))
 TI4_LOOP(maddubs_add16_256, TI4_ADD16)
 TI4_LOOP(maddubs_add16_only_256, TI4_8_TIMES(TI4_CHAINS(TI4_NEXT)))
 TI4_LOOP(dpbusd_256, TI4_8_TIMES(TI4_EACH12(TI4_VEX_DPBUSD)))
+TI4_LOOP(issue, TI4_8_TIMES(TI4_8_TIMES("nop\n")))
 #undef REG
 #define REG "zmm"
 TI4_LOOP(fma_512, TI4_8_TIMES(TI4_EACH12(TI4_FMA)))
@@ -105,6 +107,7 @@ constexpr Probe kProbes[] = {
     {"maddubs_madd_256", &CpuFeatures::avx2, maddubs_madd_256, kChains * 32},
     {"maddubs_add16_256", &CpuFeatures::avx2, maddubs_add16_256, kChains * 32},
     {"maddubs_add16_only_256", &CpuFeatures::avx2, maddubs_add16_only_256, kChains * 32},
+    {"issue", &CpuFeatures::avx2, issue, 64},
     {"dpbusd_256", &CpuFeatures::avx_vnni, dpbusd_256, kDot * 32},
     {"fma_512", &CpuFeatures::avx512, fma_512, kFma * 16},
     {"maddubs_madd_512", &CpuFeatures::avx512, maddubs_madd_512, kChains * 64},

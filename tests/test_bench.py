@@ -22,21 +22,22 @@ needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is 
 
 
 def some_roofline() -> roofline.Roofline:
-    """Limits of an imaginary machine: 10 GB/s, and 100 GOP/s of everything."""
-    peaks = {name: 1e11 for pair in roofline.ISA_PROBES.values() for name in pair}
+    """Limits of an imaginary machine: 10 GB/s, and 100 billion a second of everything else."""
+    peaks = {name: 1e11 for pair in (*roofline.ISA_PROBES.values(), (roofline.ISSUE,)) for name in pair}
     return roofline.Roofline(read={"2 MiB": (1e10, 4, 0), "4 KiB": (5e9, 1, 0)}, peaks=peaks, huge_granted=1.0)
 
 
 def row(name: str, min_s: float, *, rows: int = 1, compute: str = "int8", kernels: str = "avx2") -> run.Row:
     point = points.Point(points.WeightPoint(1000, 1000, 32, "symmetric"), rows, compute)
     is_ours = name == "ours"
-    return run.Row(point, name, is_ours, kernels, 1_000_000, 2, 3, min_s, 2 * min_s, 0.0, 4e9)
+    return run.Row(point, name, is_ours, kernels, 1_000_000, 2, 3, min_s, 2 * min_s, 0.0, 4e9, 5e10)
 
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> run.Result:
     """Two points for every kernel set and peer of this machine, against imaginary roofs."""
     monkeypatch.setattr(roofline.Roofline, "refresh", lambda self, isa: None)
+    monkeypatch.setattr(roofline.Roofline, "issue_now", lambda self: 5e10)
     chosen = points.select(rows=[1, 17], shapes=[(48, 128)], groups=[32])
     return run.run(chosen, isas=ops.isas(), seconds=0, rotate=ROTATE, roofline=some_roofline())
 
@@ -188,6 +189,7 @@ def test_roofs(rows: int, compute: str, kernels: str, roof: str | None, share: f
     assert found.roof == roof
     assert found.of_roof == pytest.approx(share)
     assert found.of_read == (pytest.approx(0.25) if rows <= 4 else None)  # 1 MB in 1 ms, where the loop read 4 GB/s
+    assert found.of_issue == pytest.approx(0.5)
 
 
 def test_reports_hold_every_row(measured: run.Result) -> None:
@@ -234,6 +236,7 @@ def test_probes_measure_something() -> None:
         assert (integer is None) == (isa not in roofline.ISA_PROBES)
     assert 0 < limits.read_now() <= limits.bandwidth().per_second or limits.read["2 MiB"] < limits.read["4 KiB"]
     assert limits.bandwidth().per_second == max(speed for speed, *_ in limits.read.values())
+    assert 0 < limits.issue_now() <= limits.peaks[roofline.ISSUE]
 
 
 @needs_avx2

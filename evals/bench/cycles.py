@@ -43,7 +43,7 @@ extern "C" {{
 #define TI4_ROWS(name, rows) extern const int ti4_rows_##name; const int ti4_rows_##name = rows;
 TI4_ROWS(one, 1) TI4_ROWS(four, 4) TI4_ROWS(tile, {V}::kTileRows) TI4_ROWS(float, {V}::kFloatRows)
 void ti4_one(const PackedWeight& w, const QuantizedRows& a, const Output& out) {{
-  OneRow<{V}, WeightType::kInt4, Offset::kSymmetric>::panels<0, kStreams>(w, a, 0, 1, out);
+  OneRow<{V}, WeightType::kInt4, Offset::kSymmetric>::panels<0, {V}::kRowStreams>(w, a, 0, 1, out);
 }}
 void ti4_four(const PackedWeight& w, const QuantizedRows& a, const Output& out, const uint8_t* codes, int64_t n,
               const Loops::Group& g, float* c) {{

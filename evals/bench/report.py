@@ -12,7 +12,7 @@ from rich.table import Table
 from torch_int4.errors import Int4Error
 from torch_int4.evals import output
 
-from .roofline import Roofline
+from .roofline import ISSUE, Roofline
 from .run import Result, Row
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ HEADER = (
     "GB/s",
     "GOP/s",
     "of read",
+    "of issue",
     "x best peer",
     "of roof",
 )
@@ -51,6 +52,7 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.gb_s:.1f}",
         f"{row.gop_s:.1f}",
         "" if row.of_read is None else f"{row.of_read:.0%}",
+        "" if row.of_issue is None else f"{row.of_issue:.0%}",
         peer,
         roof,
     )
@@ -85,7 +87,7 @@ def roof_lines(roofline: Roofline) -> Iterator[str]:
     if roofline.huge_granted < 0.9:
         yield f"note: only {roofline.huge_granted:.0%} of the buffer got 2 MiB pages"
     for name, peak in roofline.peaks.items():
-        yield f"{name}: {peak / 1e9:.0f} GOP/s"
+        yield f"{name}: {peak / 1e9:.0f} " + ("billion instructions a second" if name == ISSUE else "GOP/s")
 
 
 def machine_lines(result: Result | attention.Result, what: str = "weights") -> Iterator[str]:

@@ -22,6 +22,7 @@ HUGE = 2 << 20
 PAGES = ("2 MiB", "4 KiB")
 VARIANTS = tuple((streams, prefetch) for streams in (1, 2, 4, 8) for prefetch in (0, 1024, 4096))  # bytes ahead
 READ_NOW = ((1, 0), (4, 0))
+ISSUE = "issue"  # the probe whose operations are instructions
 _PROBE_SECONDS = 0.001  # short, so that some samples are undisturbed on a busy machine
 _STEP = 256 * 8  # bytes: the buffer must divide among threads and streams
 
@@ -88,7 +89,7 @@ class Roofline:
 
     size: int = 256 << 20  # bytes to read; more than any cache here
     read: dict[str, tuple[float, int, int]] = field(default_factory=dict)  # pages: bytes/s, streams, prefetch
-    peaks: dict[str, float] = field(default_factory=dict)  # operations/s
+    peaks: dict[str, float] = field(default_factory=dict)  # operations/s, and instructions/s of ISSUE
     huge_granted: float = float("nan")
     _buffer: ReadBuffer | None = None
 
@@ -129,6 +130,10 @@ class Roofline:
         variants = {self.read[pages][1:], *READ_NOW}
         return max(self._note_read(pages, self._buffer, *variant) for variant in sorted(variants))
 
+    def issue_now(self) -> float:
+        """Instructions that the threads issue in a second at this moment: half as many on cores that others share."""
+        return self._note_peak(ISSUE)
+
     def bandwidth(self) -> Limit:
         """Bytes that can be read in a second: the better of both page sizes."""
         pages = max(self.read, key=lambda name: self.read[name][0])
@@ -150,11 +155,12 @@ class Roofline:
             self.read[pages] = speed, streams, prefetch
         return speed
 
-    def _note_peak(self, name: str) -> None:
+    def _note_peak(self, name: str) -> float:
         seconds, operations = torch.ops.torch_int4.probe_compute(name, 1000)
         iterations = max(1000, int(1000 * _PROBE_SECONDS / seconds))
         seconds, operations = torch.ops.torch_int4.probe_compute(name, iterations)
         self.peaks[name] = max(self.peaks.get(name, 0.0), operations / seconds)
+        return operations / seconds
 
 
 def probe_names() -> list[str]:

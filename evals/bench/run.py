@@ -20,7 +20,7 @@ from torch_int4 import Int4Error, Int4Weight, ops
 from . import peers
 from .contestants import Contestant, Ours, ours
 from .points import Point, WeightPoint, by_weight
-from .roofline import Limit, Roofline
+from .roofline import ISSUE, Limit, Roofline
 
 ROTATE = 256 << 20  # bytes that the copies of a weight take at least
 MIN_ROUNDS = 3
@@ -34,7 +34,7 @@ Note = Callable[[str], None]
 class Row:
     """One contestant at one point; seconds are of one product, the mean over a pass through all copies.
 
-    `kernels` is the kernel set that ran, or the version of a peer. The last four fields are None where there is no
+    `kernels` is the kernel set that ran, or the version of a peer. The last five fields are None where there is no
     peer, or no roof: roofs hold for this package's kernel sets.
     """
 
@@ -49,10 +49,12 @@ class Row:
     median_s: float
     error: float  # norm of the error over the norm of the product with the dequantized weight
     read_s: float  # bytes that the read loop got in a second, at best between the rounds of this point
+    issue_s: float  # instructions that the threads issued in a second between them, in the median
     best_peer: str | None = None
     speedup: float | None = None  # the best peer's minimum over this one
     roof: str | None = None
     of_roof: float | None = None
+    of_issue: float | None = None  # issue_s over the best of the run
 
     @property
     def gb_s(self) -> float:
@@ -157,6 +159,8 @@ def compare(rows: Iterable[Row], roofline: Roofline) -> list[Row]:
         if roof:
             work = row.nbytes if roof == roofline.bandwidth() else row.point.operations
             row = replace(row, roof=roof.name, of_roof=roof.share(work, row.min_s))
+        if row.ours and ISSUE in roofline.peaks:
+            row = replace(row, of_issue=row.issue_s / roofline.peaks[ISSUE])
         compared.append(row)
     return compared
 
@@ -181,6 +185,7 @@ def _measure(
     times: list[list[float]] = [[] for _ in contestants]
     kernels = [""] * len(contestants)
     reads: list[float] = []
+    issued: list[float] = []
     order = list(range(len(contestants)))
     shuffle = random.Random(0)  # not always the same neighbour before one's turn
     end = time.perf_counter() + seconds
@@ -194,6 +199,7 @@ def _measure(
             kernels[i] = contestants[i].kernels()
         time.sleep(_PAUSE)
         reads.append(roofline.read_now())
+        issued.append(roofline.issue_now())
         for isa in {contestant.isa for contestant in contestants if isinstance(contestant, Ours)}:
             roofline.refresh(isa)
     return [
@@ -209,6 +215,7 @@ def _measure(
             median_s=statistics.median(taken),
             error=error,
             read_s=max(reads),
+            issue_s=statistics.median(issued),
         )
         for contestant, kernel, taken, error in zip(contestants, kernels, times, errors, strict=True)
     ]
