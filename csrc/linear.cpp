@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kParallelElements = 1 << 13;  // quantizing fewer elements of x than this is not worth a fork-join
 constexpr int64_t kNormCost = 4;                // elements quantized in the time that one is normalized, or gated
 constexpr int64_t kThreadBytes = 1 << 15;       // weight bytes times rows that are worth a thread
+constexpr int64_t kPassRows = 128;              // kernels read weights once for so many rows, or more often
 
 // Several read streams per thread keep more reads under way than one; TORCH_INT4_STREAMS=1 turns that off.
 int streams() {
@@ -145,7 +146,10 @@ const char* linear(const PackedWeight* w, const Output* y, int count, const Inpu
   return job.kernels.name;
 }
 
-void mlp(const Mlp& m, Compute compute, ParallelFor parallel) {
+namespace {
+
+// All rows of m at once.
+void mlp_pass(const Mlp& m, Compute compute, ParallelFor parallel) {
   thread_local Buffer buffer;  // gate and up, in the type of x
   const int64_t inner = m.weights[0].out_features, rows = m.x.rows;
   const int64_t bytes = rows * inner * (m.x.dtype == DType::kF32 ? 4 : 2);
@@ -161,6 +165,23 @@ void mlp(const Mlp& m, Compute compute, ParallelFor parallel) {
   output.bias = m.biases[count];
   linear(m.weights + count, &output, 1, product, compute, parallel);
   buffer.trim(kKeptBytes);
+}
+
+}  // namespace
+
+void mlp(const Mlp& m, Compute compute, ParallelFor parallel) {
+  const int64_t bytes = m.x.dtype == DType::kF32 ? 4 : 2, inner_bytes = m.weights[0].out_features * bytes;
+  const int64_t fit = int64_t(kKeptBytes) / ((m.gated ? 2 : 1) * inner_bytes) / kPassRows * kPassRows;
+  const int64_t pass = fit > kPassRows ? fit : kPassRows;
+  for (int64_t row = 0; row < m.x.rows; row += pass) {
+    Mlp part = m;
+    part.x.rows = m.x.rows - row < pass ? m.x.rows - row : pass;
+    part.x.data = static_cast<const char*>(m.x.data) + row * m.weights[0].in_features * bytes;
+    const int64_t skipped = row * m.output.stride * bytes;
+    part.output.data = static_cast<char*>(m.output.data) + skipped;
+    if (m.output.residual) part.output.residual = static_cast<const char*>(m.output.residual) + skipped;
+    mlp_pass(part, compute, parallel);
+  }
 }
 
 }  // namespace torch_int4

@@ -29,7 +29,7 @@ const char* linear(const PackedWeight* w, const Output* y, int count, const Inpu
                    ParallelFor parallel);
 
 // y = down(activation(gate(x)) * up(x)), or down(activation(up(x))) without a gate, where x may be normalized before
-// and y added to a residual.
+// and y added to a residual. Many rows run in passes, whose gates and ups fit a buffer that stays allocated.
 struct Mlp {
   Input x;
   bool gated;

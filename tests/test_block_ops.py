@@ -153,6 +153,19 @@ def test_mlp(isa: str, activation: str, hidden: int, inner: int) -> None:
         assert_near(got, separate_mlp(y, x, modules, activation), tolerance(dtype, compute))
 
 
+@pytest.mark.parametrize(("dtype", "gated"), [(torch.float32, True), (torch.bfloat16, True), (torch.float32, False)])
+def test_mlp_of_many_rows_runs_in_passes(dtype: torch.dtype, gated: bool) -> None:
+    """More rows than scratch memory takes at once: 32 MiB, of 16384 gates and ups a row."""
+    inner, pass_rows = 16384, 256 if gated and dtype == torch.float32 else 512
+    modules = linears([(inner, 32)] * (1 + gated) + [(32, inner)], perm=True)
+    x, residual = random(pass_rows + 44, 32, dtype=dtype), random(pass_rows + 44, 32, dtype=dtype, seed=1)
+    perms, options = (modules[0].perm, modules[-1].perm), options_of(modules, "int8")
+    got = OPS.mlp(x, residual, torch.ones(32, dtype=dtype), None, *lists(modules), *perms, **options)
+    for rows in (slice(0, pass_rows - 3), slice(pass_rows - 3, pass_rows + 5), slice(pass_rows + 5, None)):
+        part = OPS.mlp(x[rows], residual[rows], torch.ones(32, dtype=dtype), None, *lists(modules), *perms, **options)
+        assert torch.equal(got[rows], part)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_of_extreme_values(isa: str, activation: str) -> None:
     """The identity as gate, ones as up and the identity as down leave the activation itself."""
