@@ -114,5 +114,5 @@ def test_command(tmp_path: Path) -> None:
 
 
 def test_instructions_without_figures_give_no_row() -> None:
-    loop = cycles.Loop("amx", "int8", 16, frozenset(), "\ttdpbsud\t%tmm2, %tmm1, %tmm0\n", 8192)
+    loop = cycles.Loop("amx", "tile", "int8", 16, frozenset(), "\ttdpbsud\t%tmm2, %tmm1, %tmm0\n", 8192)
     assert cycles.simulate(loop, "sapphirerapids", simulator()) is None

@@ -32,7 +32,7 @@ PROCESSORS: dict[str, frozenset[str]] = {
     "znver4": _AVX512 | {"avx512vnni"},
 }
 DEFAULT = ("znver3", "znver4", "icelake-server", "sapphirerapids", "alderlake")
-LOOPS = {"one": "int8", "four": "int8", "tile": "int8", "float": "fp32"}  # functions of the driver, and their compute
+LOOPS = {"one": "int8", "few": "int8", "tile": "int8", "float": "fp32"}  # functions of the driver, and their compute
 FLAGS = ("-O3", "-g0", "-std=c++17", "-ffp-contract=off", "-fno-asynchronous-unwind-tables")  # those of setup.py
 
 # In place of a kernel file's table: its own loops for int4 weights, each in a function that can be found by its name.
@@ -41,11 +41,11 @@ using Loops = Int8Loops<{V}, WeightType::kInt4, Offset::kSymmetric>;
 }}
 extern "C" {{
 #define TI4_ROWS(name, rows) extern const int ti4_rows_##name; const int ti4_rows_##name = rows;
-TI4_ROWS(one, 1) TI4_ROWS(four, 4) TI4_ROWS(tile, {V}::kTileRows) TI4_ROWS(float, {V}::kFloatRows)
+TI4_ROWS(one, 1) TI4_ROWS(few, 4) TI4_ROWS(tile, {V}::kTileRows) TI4_ROWS(float, {V}::kFloatRows)
 void ti4_one(const PackedWeight& w, const QuantizedRows& a, const Output& out) {{
   OneRow<{V}, WeightType::kInt4, Offset::kSymmetric>::panels<0, {V}::kRowStreams>(w, a, 0, 1, out);
 }}
-void ti4_four(const PackedWeight& w, const QuantizedRows& a, const Output& out, const uint8_t* codes, int64_t n,
+void ti4_few(const PackedWeight& w, const QuantizedRows& a, const Output& out, const uint8_t* codes, int64_t n,
               const Loops::Group& g, float* c) {{
   if constexpr ({V}::kDirectRows >= 4) Loops::direct_panels<4, 1>(w, a, 0, 0, 0, out);
   else Loops::tile<4>(codes, n, a, a.codes, 0, g, c);
@@ -68,6 +68,7 @@ class Loop:
     """An inner loop: its instructions, and the multiplications of one turn."""
 
     kernels: str
+    loop: str  # its function in the driver
     compute: str
     rows: int
     features: frozenset[str]
@@ -85,6 +86,7 @@ class Row:
     """
 
     kernels: str
+    loop: str
     compute: str
     rows: int
     processor: str
@@ -95,7 +97,7 @@ class Row:
     bottleneck: str
 
 
-HEADER = ("kernels", "compute", "rows", "processor", "model", "cycles", "throughput", "uops", "bottleneck")
+HEADER = ("kernels", "loop", "compute", "rows", "processor", "model", "cycles", "throughput", "uops", "bottleneck")
 
 
 def run(source: Path, processors: Sequence[str], mca: str, compiler: str) -> tuple[list[Row], list[str]]:
@@ -158,7 +160,8 @@ def compile_loops(path: Path, compiler: str) -> list[Loop]:
     assembly = _run(command, driver, f"{path.name} does not compile with {compiler}")
     features = frozenset(target[1].split(","))
     loops = (_loop(name, kind, compute, features, assembly) for kind, compute in LOOPS.items())
-    return list({(loop.compute, loop.rows): loop for loop in loops}.values())
+    # Where few rows have no loop of their own, theirs is the tile's.
+    return list({(loop.compute, loop.rows, loop.assembly.count("\n")): loop for loop in loops}.values())
 
 
 def inner_loops(lines: Sequence[str]) -> Iterator[list[str]]:
@@ -194,6 +197,7 @@ def simulate(loop: Loop, processor: str, mca: str) -> Row | None:
     cycles, uops = summary["TotalCycles"] / turns, summary["TotaluOps"] / turns
     return Row(
         kernels=loop.kernels,
+        loop=loop.loop,
         compute=loop.compute,
         rows=loop.rows,
         processor=processor,
@@ -245,7 +249,7 @@ def _loop(name: str, kind: str, compute: str, features: frozenset[str], assembly
     counts = {_products(loop, compute) for loop in loops}
     if rows is None or len(counts) != 1:  # copies of one loop, for each type of scales, do the same work
         raise Int4Error(f"{name}: cannot tell which loop of {kind} is the product's: {sorted(counts)}; try another CXX")
-    return Loop(name, compute, int(rows[1]), features, "\n".join(loops[0]) + "\n", counts.pop())
+    return Loop(name, kind, compute, int(rows[1]), features, "\n".join(loops[0]) + "\n", counts.pop())
 
 
 def _products(lines: Sequence[str], compute: str) -> int:
