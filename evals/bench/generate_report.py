@@ -242,7 +242,7 @@ def _sizes(axes: Any, results: Sequence[Result], colors: dict[str, str]) -> None
     ]
     for i, (size, (shape, milliseconds)) in enumerate(sorted(names.items())):
         axes.annotate(shape, (size, milliseconds), textcoords="offset points", fontsize=7, **sides[i % 3])
-    seen = [speed / 1e9 for result in results for speed in result.bandwidths()]
+    seen = [speed / 1e9 for result in results for row in result.rows for speed in row.read]
     ends = [min(sizes) * 0.8, max(sizes) * 1.2]
     for bandwidth in sorted({round(min(seen)), round(max(seen))}):
         axes.plot(ends, [size / bandwidth * 1e3 for size in ends], "--", color="gray", lw=1, zorder=0)
