@@ -16,7 +16,6 @@ int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int cache_bytes(CacheType type) { return type == CacheType::kF32 ? 4 : type == CacheType::kInt8 ? 1 : 2; }
-int float_bytes(DType type) { return type == DType::kF32 ? 4 : 2; }
 int mask_bytes(MaskType type) { return type == MaskType::kBool ? 1 : type == MaskType::kF32 ? 4 : 2; }
 
 const void* offset(const void* data, int64_t bytes) { return static_cast<const char*>(data) + bytes; }
@@ -63,7 +62,7 @@ void prepare_rows(const Job& job, int64_t batch, int64_t kv_head, int64_t first,
     const int64_t token = (first + r) / job.group, head = kv_head * job.group + (first + r) % job.group;
     rows[r] = describe_row(a, batch, head, token);
     const int64_t i = batch * q.batch_stride + token * q.token_stride + head * q.head_stride;
-    job.kernels.to_float(offset(q.data, i * float_bytes(q.dtype)), q.dtype, q.dim, query);
+    job.kernels.to_float(offset(q.data, i * element_bytes(q.dtype)), q.dtype, q.dim, query);
     for (int64_t d = 0; d < q.dim; ++d) query[d] *= a.scale;
     for (int64_t d = q.dim; d < lanes; ++d) query[d] = 0;
   }
@@ -99,7 +98,7 @@ void write_row(const Job& job, int64_t batch, int64_t kv_head, int64_t row, floa
   const float inverse = total == 0 ? 0 : 1 / total;
   for (int64_t d = 0; d < dim; ++d) sums[d] *= inverse;
   const int64_t i = ((batch * a.tokens + token) * a.query.heads + head) * dim;
-  job.kernels.from_float(sums, dim, a.query.dtype, false, offset(a.output, i * float_bytes(a.query.dtype)));
+  job.kernels.from_float(sums, dim, a.query.dtype, false, offset(a.output, i * element_bytes(a.query.dtype)));
 }
 
 // Merges the spans of a row, the first one's memory taking the result.
@@ -222,7 +221,7 @@ void attention(const Attention& a, ParallelFor parallel) {
   Job job{active_kernels(), a, group, a.tokens * group, 0, 0, 0, 0, 0, padded_lanes(a.values.dim)};
   if (units * job.rows == 0 || a.values.dim == 0) return;
   if (a.length == 0) {
-    memset(a.output, 0, size_t(units * job.rows * a.values.dim * float_bytes(a.query.dtype)));
+    memset(a.output, 0, size_t(units * job.rows * a.values.dim * element_bytes(a.query.dtype)));
     return;
   }
   if (job.rows <= kManyRows) return attend_spans(job, parallel);

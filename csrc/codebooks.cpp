@@ -13,9 +13,8 @@ Codebook make(const float (&values)[16], float step) {
   for (int i = 0; i < 16; ++i) {
     const int code = int(lrintf(values[i] / step)) + 128;
     book.values[i] = values[i];
-    book.planes[0][i] = uint8_t(code & 15);
-    book.planes[1][i] = uint8_t(code >> 4);
-    book.planes[2][i] = uint8_t(code);
+    book.codes[i] = uint8_t(code);
+    book.weights[i] = int8_t(code - 128);
   }
   return book;
 }

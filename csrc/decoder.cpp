@@ -5,15 +5,13 @@
 namespace torch_int4 {
 namespace {
 
-int bytes_of(DType type) { return type == DType::kF32 ? 4 : 2; }
-
 // Where the steps of a layer leave their results, all of the type of x.
 struct Workspace {
   char *projected, *rotated, *attended, *middle;
 };
 
 Workspace reserve(const DecoderLayer& l, Buffer& buffer) {
-  const int64_t row_bytes = l.x.rows * bytes_of(l.x.dtype);
+  const int64_t row_bytes = l.x.rows * element_bytes(l.x.dtype);
   const auto lines = [&](int64_t features) { return (row_bytes * features + 63) / 64 * 64; };
   int64_t features = 0;
   for (int i = 0; i < l.projections; ++i) features += l.weights[i].out_features;
@@ -28,7 +26,7 @@ void project(const DecoderLayer& l, char* target, ParallelFor parallel) {
   for (int i = 0; i < l.projections; ++i) {
     const int64_t features = l.weights[i].out_features;
     outputs[i] = {target, l.x.dtype, features, l.biases[i], 1};
-    target += l.x.rows * features * bytes_of(l.x.dtype);
+    target += l.x.rows * features * element_bytes(l.x.dtype);
   }
   linear(l.weights, outputs, l.projections, l.x, l.compute, parallel);
 }
@@ -36,7 +34,7 @@ void project(const DecoderLayer& l, char* target, ParallelFor parallel) {
 // Query, key and value inside what was projected.
 void view_projected(DecoderLayer& l, const char* data) {
   RotaryAppend& r = l.rotary;
-  const int64_t bytes = bytes_of(l.x.dtype), dim = r.query.dim;
+  const int64_t bytes = element_bytes(l.x.dtype), dim = r.query.dim;
   HeadsView* views[] = {&r.query, &r.key, &r.value};
   for (HeadsView* view : views) view->dtype = l.x.dtype, view->head_stride = view->dim;
   if (l.projections == 3) {

@@ -24,18 +24,19 @@ constexpr int kSlab = 32;       // inputs that kernels step by; K is padded to i
 constexpr int kMaxBlock = 128;  // inputs that share one activation scale, at most
 
 enum class DType : int { kF32, kBF16, kF16 };
+constexpr int element_bytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
 enum class WeightType : int { kInt4, kInt8, kBook };
 enum class ScaleType : int { kF16, kF32, kE8M0 };  // E8M0: a power of two, 2^(byte - 127)
 enum class Norm : int { kRms, kLayer };
 enum class Activation : int { kSilu, kGelu, kGeluTanh };
 enum class Offset : int { kSymmetric, kInteger, kFloat };  // zero = 2^(bits-1); uint8 zeros; w = q*scale + offset
 
-// 16 values, in float and as step * (code - 128). `planes` are the codes for byte shuffles: their low nibbles, their
-// high nibbles, and whole.
+// 16 values, in float and as step * (code - 128), which is step * weight.
 struct Codebook {
   float values[16];
   float step;
-  alignas(16) uint8_t planes[3][16];
+  alignas(16) uint8_t codes[16];
+  alignas(16) int8_t weights[16];
 };
 
 struct PackedWeight {
@@ -56,7 +57,7 @@ struct PackedWeight {
   int64_t blocks_per_group() const { return (group + block - 1) / block; }
 };
 
-// Rows of x as int8, [slabs][rows][32], with the scale of each block, the sum of its codes, and their product, which
+// Rows of x as int8, [slabs][rows][32] within +-127, with the scale of each block, the sum of its codes, and their product, which
 // every panel with float offsets needs; all three [blocks][rows].
 struct QuantizedRows {
   int8_t* codes;

@@ -51,7 +51,7 @@ struct Job {
 void load_row(const Job& job, int64_t row, float* target) {
   thread_local Buffer other;
   const Input& x = job.x;
-  const int64_t k = job.w().in_features, byte = row * k * (x.dtype == DType::kF32 ? 4 : 2);
+  const int64_t k = job.w().in_features, byte = row * k * element_bytes(x.dtype);
   const char* source = static_cast<const char*>(x.data) + byte;
   if (x.norm) {
     const auto* values = reinterpret_cast<const float*>(source);
@@ -152,7 +152,7 @@ namespace {
 void mlp_pass(const Mlp& m, Compute compute, ParallelFor parallel) {
   thread_local Buffer buffer;  // gate and up, in the type of x
   const int64_t inner = m.weights[0].out_features, rows = m.x.rows;
-  const int64_t bytes = rows * inner * (m.x.dtype == DType::kF32 ? 4 : 2);
+  const int64_t bytes = rows * inner * element_bytes(m.x.dtype);
   const int count = m.gated ? 2 : 1;
   char* first = buffer.get<char>(count * bytes);
   const Output inside[] = {{first, m.x.dtype, inner, m.biases[0], 1},
@@ -170,7 +170,7 @@ void mlp_pass(const Mlp& m, Compute compute, ParallelFor parallel) {
 }  // namespace
 
 void mlp(const Mlp& m, Compute compute, ParallelFor parallel) {
-  const int64_t bytes = m.x.dtype == DType::kF32 ? 4 : 2, inner_bytes = m.weights[0].out_features * bytes;
+  const int64_t bytes = element_bytes(m.x.dtype), inner_bytes = m.weights[0].out_features * bytes;
   const int64_t fit = int64_t(kKeptBytes) / ((m.gated ? 2 : 1) * inner_bytes) / kPassRows * kPassRows;
   const int64_t pass = fit > kPassRows ? fit : kPassRows;
   for (int64_t row = 0; row < m.x.rows; row += pass) {

@@ -10,8 +10,6 @@ namespace {
 
 constexpr int64_t kThreadElements = 1 << 14;  // elements of queries, keys and values that are worth a thread
 
-int bytes_of(DType type) { return type == DType::kF32 ? 4 : 2; }
-
 DType cache_float(CacheType type) {
   return type == CacheType::kF32 ? DType::kF32 : type == CacheType::kBF16 ? DType::kBF16 : DType::kF16;
 }
@@ -32,7 +30,7 @@ const void* element(const HeadsView& view, int64_t batch, int64_t token, int64_t
   const int64_t group = view.group ? head / view.group : 0, in_group = head - group * view.group;
   const int64_t i =
       batch * view.batch_stride + token * view.token_stride + group * view.group_stride + in_group * view.head_stride;
-  return static_cast<const char*>(view.data) + i * bytes_of(view.dtype);
+  return static_cast<const char*>(view.data) + i * element_bytes(view.dtype);
 }
 
 // One head of a token as floats, normalized, rotated, and rounded to its own type again.
@@ -71,8 +69,8 @@ void append_heads(const Job& job, int64_t batch, int64_t token, const HeadsView&
       store_int8(job, view.dim, w, static_cast<int8_t*>(cache.data) + row * view.dim, cache.scales + row);
       continue;
     }
-    char* target = static_cast<char*>(cache.data) + row * view.dim * bytes_of(dtype);
-    if (copies) memcpy(target, source, size_t(view.dim * bytes_of(dtype)));
+    char* target = static_cast<char*>(cache.data) + row * view.dim * element_bytes(dtype);
+    if (copies) memcpy(target, source, size_t(view.dim * element_bytes(dtype)));
     else job.kernels.from_float(w.x, view.dim, dtype, true, target);
   }
 }
@@ -80,7 +78,7 @@ void append_heads(const Job& job, int64_t batch, int64_t token, const HeadsView&
 void rotate_query(const Job& job, int64_t batch, int64_t token, const Workspace& w) {
   const RotaryAppend& a = job.a;
   const HeadsView& q = a.query;
-  const int64_t bytes = q.dim * bytes_of(q.dtype);
+  const int64_t bytes = q.dim * element_bytes(q.dtype);
   char* target = static_cast<char*>(a.rotated) + (batch * a.tokens + token) * q.heads * bytes;
   for (int64_t head = 0; head < q.heads; ++head, target += bytes) {
     const void* source = element(q, batch, token, head);
@@ -112,8 +110,8 @@ void run_tokens(void* context, int64_t begin, int64_t end) {
     const int64_t batch = i / a.tokens, token = i % a.tokens;
     const auto angles = [&](const void* data, int64_t batch_stride, int64_t token_stride, float* target) {
       const int64_t at = batch * batch_stride + token * token_stride;
-      job.kernels.to_float(static_cast<const char*>(data) + at * bytes_of(a.angle_type), a.angle_type, a.rotary_dim / 2,
-                           target);
+      job.kernels.to_float(static_cast<const char*>(data) + at * element_bytes(a.angle_type), a.angle_type,
+                           a.rotary_dim / 2, target);
     };
     if (a.rotary_dim) {
       angles(a.cos, a.cos_batch_stride, a.cos_token_stride, w.cos);

@@ -1,6 +1,6 @@
-// AVX2 + FMA + F16C. Weights stay unsigned (0..15) and activations signed: one maddubs pair is at most
-// 2 * 15 * 127 = 3810, so eight of them add up exactly in int16 and one madd serves 32 inputs.
-// Int8 weights run as two such planes, the low and the high nibble of each code.
+// AVX2 + FMA + F16C. Int4 weights stay unsigned (0..15) and activations signed: one maddubs pair is at most
+// 2 * 15 * 127 = 3810, so eight of them add up exactly in int16 and one madd serves 32 inputs. Codes of 8 bits are taken
+// less 128, and their signs moved to the activations: a pair is at most 2 * 128 * 127 = 32512.
 
 #include "../attention_kernel.h"
 #include "../kernel.h"
@@ -11,52 +11,55 @@
 TI4_TARGET("avx2,fma,f16c")
 
 #include "avx2_vectors.h"
+#include "loops.h"
 #include "loops_attention.h"
 #include "loops_block.h"
 #include "loops_float.h"
 #include "loops_quantize.h"
-#include "planes.h"
 
 namespace torch_int4 {
 namespace {
 
-// The weights of 4 inputs, quad j of 32 inputs, at most 15 each. kNibble: the part of an 8-bit code.
-struct Avx2Planes : Avx2Vectors {
-  struct Int4 {
-    static TI4_INLINE __m256i load(const uint8_t* w, int j, int half, const Codebook*) {
-      const __m256i line = load256(w + j / 2 * kLineBytes + half * 32);
-      return j % 2 ? high_nibbles(line) : low_nibbles(line);
-    }
-  };
-  template <int kNibble>
-  struct Int8 {
-    static TI4_INLINE __m256i load(const uint8_t* w, int j, int half, const Codebook*) {
-      const __m256i line = load256(w + j * kLineBytes + half * 32);
-      return kNibble ? high_nibbles(line) : low_nibbles(line);
-    }
-  };
-  template <int kNibble>
-  struct Book {
-    static TI4_INLINE __m256i load(const uint8_t* w, int j, int half, const Codebook* book) {
-      return lookup_bytes(book->planes[kNibble], Int4::load(w, j, half, book));
-    }
-  };
-  struct Unpacked {
-    static TI4_INLINE __m256i load(const uint8_t* w, int j, int half, const Codebook*) {
-      return load256(w + j * kLineBytes + half * 32);
-    }
-  };
+struct Avx2 : Avx2Vectors {
+  static constexpr int kTileRows = 4, kDirectRows = 5, kDirectRows8 = 4, kDirectLimit = 12, kFloatRows = 6,
+                       kTurnSums = 4;
+  static constexpr int kRowStreams = 4, kCentre8 = 128;
+  static constexpr int kPlane = kSlab * kPanelRows;
 
-  template <class Plane, int P, int M>
-  static TI4_INLINE void dot(I (&sums)[P][M], const uint8_t* const (&w)[P], const int8_t* x, int factor,
-                             const Codebook* book) {
-    const __m256i weight = _mm256_set1_epi16(short(factor));
+  // Int4 becomes one byte per weight, 8-bit codes the plane of their values and that of their magnitudes.
+  template <WeightType T>
+  static constexpr int unpacked_bytes() {
+    return kPlane * (T == WeightType::kInt4 ? 1 : 2);
+  }
+
+  // The weights of 4 inputs, quad j of 32 inputs, for half of the panel; at most 15 each.
+  template <Source S>
+  static TI4_INLINE __m256i load_nibbles(const uint8_t* w, int j, int half) {
+    if (S == Source::kUnpacked4) return load256(w + j * kLineBytes + half * 32);
+    const __m256i line = load256(w + j / 2 * kLineBytes + half * 32);
+    return j % 2 ? high_nibbles(line) : low_nibbles(line);
+  }
+
+  struct Signed {
+    __m256i value, magnitude;
+  };
+  template <Source S>
+  static TI4_INLINE Signed load_signed(const uint8_t* w, int j, int half, const Codebook* book) {
+    const uint8_t* place = w + j * kLineBytes + half * 32;
+    if constexpr (S == Source::kUnpacked8) return {load256(place), load256(place + kPlane)};
+    const __m256i value = S == Source::kBookLines ? lookup_bytes(book->weights, load_nibbles<S>(w, j, half))
+                                                  : _mm256_xor_si256(load256(place), _mm256_set1_epi8(-128));
+    return {value, _mm256_abs_epi8(value)};
+  }
+
+  template <Source S, int P, int M>
+  static TI4_INLINE void dot_nibbles(I (&dot)[P][M], const uint8_t* const (&w)[P], const int8_t* x) {
     __m256i low[P][M], high[P][M];
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) {
-        const __m256i w0 = Plane::load(w[p], j, 0, book), w1 = Plane::load(w[p], j, 1, book);
+        const __m256i w0 = load_nibbles<S>(w[p], j, 0), w1 = load_nibbles<S>(w[p], j, 1);
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
           const __m256i b = spread_quad(x + m * kSlab + j * 4);
@@ -71,32 +74,52 @@ struct Avx2Planes : Avx2Vectors {
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) {
-        sums[p][m].lo = _mm256_add_epi32(sums[p][m].lo, _mm256_madd_epi16(low[p][m], weight));
-        sums[p][m].hi = _mm256_add_epi32(sums[p][m].hi, _mm256_madd_epi16(high[p][m], weight));
+      for (int m = 0; m < M; ++m) add_pairs(dot[p][m].lo, low[p][m]), add_pairs(dot[p][m].hi, high[p][m]);
+    }
+  }
+
+  static TI4_INLINE void add_pairs(__m256i& sum, __m256i pairs) {
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+
+  template <Source S, int P, int M>
+  static TI4_INLINE void dot_signed(I (&dot)[P][M], const uint8_t* const (&w)[P], const int8_t* x,
+                                    const Codebook* book) {
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) {
+        add_signed<0>(dot[p], load_signed<S>(w[p], j, 0, book), x + j * 4);
+        const int8_t* quads = x + j * 4;
+        if (S == Source::kBookLines && M > 2) TI4_FORGET(quads);  // no register is left for what was loaded from there
+        add_signed<1>(dot[p], load_signed<S>(w[p], j, 1, book), quads);
       }
     }
   }
-};
 
-struct Avx2 : PlaneProducts<Avx2Planes, Avx2Vectors> {
-  using Planes = Avx2Planes;
-  static constexpr int kTileRows = 4, kDirectRows = 4, kDirectLimit = 12, kFloatRows = 6, kTurnSums = 4;
-  static constexpr int kRowStreams = 4;
+  template <int kHalf, int M>
+  static TI4_INLINE void add_signed(I (&dot)[M], Signed w, const int8_t* x) {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      __m256i& sum = kHalf ? dot[m].hi : dot[m].lo;
+      add_pairs(sum, _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(spread_quad(x + m * kSlab), w.value)));
+      TI4_KEEP(sum);
+    }
+  }
 
-  // 32 inputs of a panel: int4 becomes one byte per weight, 8-bit codes the plane of their low nibbles and that of their
-  // high ones.
+  template <Source S, int P, int M>
+  static TI4_INLINE void dot32(I (&dot)[P][M], const uint8_t* const (&w)[P], const int8_t* x, const Codebook* book) {
+    if constexpr (S == Source::kInt4Lines || S == Source::kUnpacked4) dot_nibbles<S>(dot, w, x);
+    else dot_signed<S>(dot, w, x, book);
+  }
+
   template <WeightType T>
   static TI4_INLINE void unpack(const uint8_t* lines, uint8_t* target, const Codebook* book) {
-    constexpr int kPlane = kSlab * kPanelRows;
-    if (T == WeightType::kInt4) return spread_nibbles(lines, target, nullptr);
-    if (T == WeightType::kBook) {
-      spread_nibbles(lines, target, book->planes[0]);
-      return spread_nibbles(lines, target + kPlane, book->planes[1]);
-    }
+    if constexpr (T == WeightType::kInt4) return spread_nibbles(lines, target, nullptr);
     for (int i = 0; i < kPlane; i += 32) {
-      store256(target + i, low_nibbles(load256(lines + i)));
-      store256(target + kPlane + i, high_nibbles(load256(lines + i)));
+      const Signed codes = load_signed<packed_source(T)>(lines, i / kLineBytes, i % kLineBytes / 32, book);
+      store256(target + i, codes.value);
+      store256(target + kPlane + i, codes.magnitude);
     }
   }
 };

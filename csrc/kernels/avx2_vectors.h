@@ -67,7 +67,7 @@ struct Avx2Vectors {
     return {lookup8(table.lo, table.hi, index.lo), lookup8(table.lo, table.hi, index.hi)};
   }
   // 32 nibbles (0..15, one per byte) through a table of 16 bytes.
-  TI4_V __m256i lookup_bytes(const uint8_t* table, __m256i nibbles) {
+  TI4_V __m256i lookup_bytes(const void* table, __m256i nibbles) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(bytes), nibbles);
   }

@@ -1,4 +1,4 @@
-// AVX-512 F/BW/DQ/VL without VNNI (Skylake-SP and kin): the int16 sums of avx2.cpp, one 512-bit vector for 16 rows.
+// AVX-512 F/BW/DQ/VL without VNNI (Skylake-SP and kin): the products of avx2.cpp, one 512-bit vector for 16 rows.
 
 #include "../attention_kernel.h"
 #include "../kernel.h"
@@ -9,50 +9,59 @@
 TI4_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 
 #include "avx512_vectors.h"
+#include "loops.h"
 #include "loops_attention.h"
 #include "loops_block.h"
 #include "loops_float.h"
 #include "loops_quantize.h"
-#include "planes.h"
 
 namespace torch_int4 {
 namespace {
 
-// The weights of 4 inputs, quad j of 32 inputs, at most 15 each. kNibble: the part of an 8-bit code.
-struct Avx512Planes : Avx512Vectors {
-  struct Int4 {
-    static TI4_INLINE __m512i load(const uint8_t* w, int j, const Codebook*) {
-      const __m512i line = load_int(w + j / 2 * kLineBytes);
-      return j % 2 ? high_nibbles(line) : low_nibbles(line);
-    }
-  };
-  template <int kNibble>
-  struct Int8 {
-    static TI4_INLINE __m512i load(const uint8_t* w, int j, const Codebook*) {
-      const __m512i line = load_int(w + j * kLineBytes);
-      return kNibble ? high_nibbles(line) : low_nibbles(line);
-    }
-  };
-  template <int kNibble>
-  struct Book {
-    static TI4_INLINE __m512i load(const uint8_t* w, int j, const Codebook* book) {
-      return lookup_bytes(book->planes[kNibble], Int4::load(w, j, book));
-    }
-  };
-  struct Unpacked {
-    static TI4_INLINE __m512i load(const uint8_t* w, int j, const Codebook*) { return load_int(w + j * kLineBytes); }
-  };
+struct Avx512 : Avx512Vectors {
+  static constexpr int kTileRows = 8, kDirectRows = 4, kDirectRows8 = 4, kDirectLimit = 12, kFloatRows = 14,
+                       kTurnSums = 8;
+  static constexpr int kRowStreams = kStreams, kCentre8 = 128;
+  static constexpr int kPlane = kSlab * kPanelRows;
 
-  template <class Plane, int P, int M>
-  static TI4_INLINE void dot(I (&sums)[P][M], const uint8_t* const (&w)[P], const int8_t* x, int factor,
-                             const Codebook* book) {
-    const __m512i weight = _mm512_set1_epi16(short(factor));
+  // Int4 becomes one byte per weight, 8-bit codes the plane of their values and that of their magnitudes.
+  template <WeightType T>
+  static constexpr int unpacked_bytes() {
+    return kPlane * (T == WeightType::kInt4 ? 1 : 2);
+  }
+
+  // The weights of 4 inputs, quad j of 32 inputs, at most 15 each.
+  template <Source S>
+  static TI4_INLINE __m512i load_nibbles(const uint8_t* w, int j) {
+    if (S == Source::kUnpacked4) return load_int(w + j * kLineBytes);
+    const __m512i line = load_int(w + j / 2 * kLineBytes);
+    return j % 2 ? high_nibbles(line) : low_nibbles(line);
+  }
+
+  struct Signed {
+    __m512i value, magnitude;
+  };
+  template <Source S>
+  static TI4_INLINE Signed load_signed(const uint8_t* w, int j, const Codebook* book) {
+    const uint8_t* line = w + j * kLineBytes;
+    if constexpr (S == Source::kUnpacked8) return {load_int(line), load_int(line + kPlane)};
+    const __m512i value = S == Source::kBookLines ? lookup_bytes(book->weights, load_nibbles<S>(w, j))
+                                                  : _mm512_xor_si512(load_int(line), _mm512_set1_epi8(-128));
+    return {value, _mm512_abs_epi8(value)};
+  }
+
+  static TI4_INLINE __m512i add_pairs(__m512i sum, __m512i pairs) {
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+  }
+
+  template <Source S, int P, int M>
+  static TI4_INLINE void dot_nibbles(I (&dot)[P][M], const uint8_t* const (&w)[P], const int8_t* x) {
     __m512i sum[P][M];
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) {
-        const __m512i codes = Plane::load(w[p], j, book);
+        const __m512i codes = load_nibbles<S>(w[p], j);
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
           const __m512i product = _mm512_maddubs_epi16(codes, spread_quad(x + m * kSlab + j * 4));
@@ -64,30 +73,46 @@ struct Avx512Planes : Avx512Vectors {
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 16
-      for (int m = 0; m < M; ++m) sums[p][m] = _mm512_add_epi32(sums[p][m], _mm512_madd_epi16(sum[p][m], weight));
+      for (int m = 0; m < M; ++m) dot[p][m] = add_pairs(dot[p][m], sum[p][m]);
     }
   }
-};
 
-struct Avx512 : PlaneProducts<Avx512Planes, Avx512Vectors> {
-  using Planes = Avx512Planes;
-  static constexpr int kTileRows = 8, kDirectRows = 4, kDirectLimit = 12, kFloatRows = 14, kTurnSums = 8;
-  static constexpr int kRowStreams = kStreams;
+  template <Source S, int P, int M>
+  static TI4_INLINE void dot_signed(I (&dot)[P][M], const uint8_t* const (&w)[P], const int8_t* x,
+                                    const Codebook* book) {
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+#pragma GCC unroll 8
+      for (int p = 0; p < P; ++p) {
+        const Signed codes = load_signed<S>(w[p], j, book);
+        const __mmask64 negative = _mm512_movepi8_mask(codes.value);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+          const __m512i b = spread_quad(x + m * kSlab + j * 4);
+          const __m512i with_sign = _mm512_mask_sub_epi8(b, negative, _mm512_setzero_si512(), b);
+          dot[p][m] = add_pairs(dot[p][m], _mm512_maddubs_epi16(codes.magnitude, with_sign));
+          TI4_KEEP(dot[p][m]);
+        }
+      }
+    }
+  }
 
-  // 32 inputs of a panel: int4 becomes one byte per weight, 8-bit codes the plane of their low nibbles and that of their
-  // high ones.
+  template <Source S, int P, int M>
+  static TI4_INLINE void dot32(I (&dot)[P][M], const uint8_t* const (&w)[P], const int8_t* x, const Codebook* book) {
+    if constexpr (S == Source::kInt4Lines || S == Source::kUnpacked4) dot_nibbles<S>(dot, w, x);
+    else dot_signed<S>(dot, w, x, book);
+  }
+
   template <WeightType T>
   static TI4_INLINE void unpack(const uint8_t* lines, uint8_t* target, const Codebook* book) {
-    uint8_t* upper = target + kSlab * kPanelRows;
-    for (int j = 0; j < 8; ++j, target += kLineBytes, upper += kLineBytes) {
+    constexpr Source S = packed_source(T);
+    for (int j = 0; j < 8; ++j, target += kLineBytes) {
       if constexpr (T == WeightType::kInt4) {
-        _mm512_store_si512(target, Planes::Int4::load(lines, j, book));
+        _mm512_store_si512(target, load_nibbles<S>(lines, j));
       } else {
-        constexpr bool kBook = T == WeightType::kBook;
-        _mm512_store_si512(target,
-                           kBook ? Planes::Book<0>::load(lines, j, book) : Planes::Int8<0>::load(lines, j, book));
-        _mm512_store_si512(upper,
-                           kBook ? Planes::Book<1>::load(lines, j, book) : Planes::Int8<1>::load(lines, j, book));
+        const Signed codes = load_signed<S>(lines, j, book);
+        _mm512_store_si512(target, codes.value);
+        _mm512_store_si512(target + kPlane, codes.magnitude);
       }
     }
   }

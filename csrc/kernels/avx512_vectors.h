@@ -42,7 +42,7 @@ struct Avx512Vectors {
   }
 
   // 64 nibbles (0..15, one per byte) through a table of 16 bytes.
-  TI4_V I lookup_bytes(const uint8_t* table, I nibbles) {
+  TI4_V I lookup_bytes(const void* table, I nibbles) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes), nibbles);
   }

@@ -8,8 +8,9 @@ namespace torch_int4 {
 namespace {
 
 struct Avx512Vnni : Avx512Vectors {
-  static constexpr int kTileRows = 12, kDirectRows = 8, kDirectLimit = 16, kFloatRows = 14, kTurnSums = 8;
-  static constexpr int kRowStreams = kStreams;
+  static constexpr int kTileRows = 12, kDirectRows = 8, kDirectRows8 = 8, kDirectLimit = 16, kFloatRows = 14,
+                       kTurnSums = 8;
+  static constexpr int kRowStreams = kStreams, kCentre8 = 0;
 
   // Int8 lines are what dpbusd reads: they stay where they are.
   template <WeightType T>
@@ -22,7 +23,7 @@ struct Avx512Vnni : Avx512Vectors {
     if constexpr (S == Source::kInt4Lines || S == Source::kBookLines) {
       const __m512i line = _mm512_loadu_si512(w + j / 2 * kLineBytes);
       const __m512i nibbles = j % 2 ? high_nibbles(line) : low_nibbles(line);
-      return S == Source::kBookLines ? lookup_bytes(book->planes[2], nibbles) : nibbles;
+      return S == Source::kBookLines ? lookup_bytes(book->codes, nibbles) : nibbles;
     } else {
       return _mm512_loadu_si512(w + j * kLineBytes);
     }

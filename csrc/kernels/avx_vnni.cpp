@@ -20,8 +20,9 @@ namespace torch_int4 {
 namespace {
 
 struct AvxVnni : Avx2Vectors {
-  static constexpr int kTileRows = 4, kDirectRows = 2, kDirectLimit = 8, kFloatRows = 6, kTurnSums = 4;
-  static constexpr int kRowStreams = kStreams;
+  static constexpr int kTileRows = 4, kDirectRows = 2, kDirectRows8 = 2, kDirectLimit = 8, kFloatRows = 6,
+                       kTurnSums = 4;
+  static constexpr int kRowStreams = kStreams, kCentre8 = 0;
 
   // Int8 lines are what dpbusd reads: they stay where they are.
   template <WeightType T>
@@ -36,7 +37,7 @@ struct AvxVnni : Avx2Vectors {
       const I nibbles =
           j % 2 ? I{high_nibbles(line.lo), high_nibbles(line.hi)} : I{low_nibbles(line.lo), low_nibbles(line.hi)};
       if constexpr (S == Source::kInt4Lines) return nibbles;
-      return {lookup_bytes(book->planes[2], nibbles.lo), lookup_bytes(book->planes[2], nibbles.hi)};
+      return {lookup_bytes(book->codes, nibbles.lo), lookup_bytes(book->codes, nibbles.hi)};
     } else {
       return load_int(w + j * kLineBytes);
     }
@@ -64,7 +65,7 @@ struct AvxVnni : Avx2Vectors {
 
   template <WeightType T>
   static TI4_INLINE void unpack(const uint8_t* lines, uint8_t* target, const Codebook* book) {
-    spread_nibbles(lines, target, T == WeightType::kBook ? book->planes[2] : nullptr);
+    spread_nibbles(lines, target, T == WeightType::kBook ? book->codes : nullptr);
   }
 };
 

@@ -3,9 +3,9 @@
 //
 // V supplies: F and I (16 floats, 16 int32) with load/store/arithmetic; dot32<Source, P, M>, the inner products of 32
 // inputs of P panels with M rows; unpack<WeightType> and unpacked_bytes<WeightType> (0: tiles read the packed lines);
-// kTileRows, kDirectRows, kFloatRows (rows of the register tiles); kDirectLimit (more rows than this are tiled);
+// kTileRows, kDirectRows, kDirectRows8 (of 8-bit codes), kFloatRows (rows of the register tiles); kDirectLimit (more rows than this are tiled);
 // kTurnSums (panels times rows, of two at most, whose lines are read in turns; a divisor or multiple of the streams);
-// kRowStreams (panels, far apart, that one row reads at once).
+// kRowStreams (panels, far apart, that one row reads at once); kCentre8 (what dot32 takes from every code of 8 bits).
 #pragma once
 #include "loops_common.h"
 #include "loops_one_row.h"
@@ -101,12 +101,35 @@ struct Int8Loops : Int8Block<V, T, O> {
     }
   }
 
-  // All rows over P panels, in groups of M: the second group finds the panels in the cache.
+  // Out of line, because gcc runs out of registers where loops for several numbers of rows stand in one function.
   template <int M, int P>
-  static TI4_INLINE void direct_groups(const PackedWeight& w, const QuantizedRows& a, int64_t row, int64_t panel,
-                                       int64_t apart, const Output& out) {
-    for (; row + M <= a.rows; row += M) direct_panels<M, P>(w, a, row, panel, apart, out);
-    if constexpr (M > 1) direct_groups<M - 1, P>(w, a, row, panel, apart, out);
+  static __attribute__((noinline)) void direct_pass(const PackedWeight& w, const QuantizedRows& a, int64_t row,
+                                                    int64_t panel, int64_t apart, const Output& out) {
+    direct_panels<M, P>(w, a, row, panel, apart, out);
+  }
+
+  template <int M, int P>
+  static TI4_INLINE void direct_rows(int64_t rows, const PackedWeight& w, const QuantizedRows& a, int64_t row,
+                                     int64_t panel, int64_t apart, const Output& out) {
+    if constexpr (M > 1) {
+      if (rows < M) return direct_rows<M - 1, P>(rows, w, a, row, panel, apart, out);
+    }
+    direct_pass<M, P>(w, a, row, panel, apart, out);
+  }
+
+  // All rows over P panels, in as few passes as there must be, of as many rows each as can be had: every pass unpacks
+  // the panels again, which the second one finds in the cache. The terms of a row stay together.
+  template <int P>
+  static TI4_INLINE void direct_passes(const PackedWeight& w, const QuantizedRows& a, int64_t panel, int64_t apart,
+                                       const Output& out) {
+    constexpr int M = T == WeightType::kInt4 ? V::kDirectRows : V::kDirectRows8;
+    const int64_t most = M / out.terms, rows = a.rows / out.terms;
+    int64_t passes = (rows + most - 1) / most;
+    for (int64_t row = 0; passes > 0; --passes) {
+      const int64_t pass = (rows - row + passes - 1) / passes;
+      direct_rows<M, P>(pass * out.terms, w, a, row * out.terms, panel, apart, out);
+      row += pass;
+    }
   }
 
   // Splits a range of panels into P segments and reads one panel of each at a time: P streams for the prefetchers.
@@ -115,8 +138,8 @@ struct Int8Loops : Int8Block<V, T, O> {
     if (OneRow<V, T, O>::serves(w, a))
       return OneRow<V, T, O>::template run<P == 1 ? 1 : V::kRowStreams>(w, a, first, last, out);
     const int64_t segment = (last - first) / P;
-    for (int64_t i = 0; i < segment; ++i) direct_groups<V::kDirectRows, P>(w, a, 0, first + i, segment, out);
-    for (int64_t i = first + P * segment; i < last; ++i) direct_groups<V::kDirectRows, 1>(w, a, 0, i, 0, out);
+    for (int64_t i = 0; i < segment; ++i) direct_passes<P>(w, a, first + i, segment, out);
+    for (int64_t i = first + P * segment; i < last; ++i) direct_passes<1>(w, a, i, 0, out);
   }
 
   // One register tile: M rows x one panel over one block of unpacked weights; the sums in c are [rows][16] floats.

@@ -4,9 +4,6 @@
 namespace torch_int4 {
 namespace {
 
-// Keeps gcc from loading for a second pass over the same rows while the first one still fills the registers.
-#define TI4_KEEP_MEMORY() __asm__ volatile("" ::: "memory")
-
 // Where an inner product reads its weights: packed lines, or what unpack() made of them in L1.
 enum class Source { kInt4Lines, kInt8Lines, kBookLines, kUnpacked4, kUnpacked8 };
 
@@ -93,7 +90,9 @@ struct Int8Block {
 
   // Of block i of the rows, counted over all of them.
   static TI4_INLINE I start(const QuantizedRows& a, int64_t i) {
-    return V::set_int(O == Offset::kSymmetric ? -(T == WeightType::kInt4 ? 8 : 128) * a.sums[i] : 0);
+    constexpr int kZero = O != Offset::kSymmetric ? 0 : T == WeightType::kInt4 ? 8 : 128;
+    constexpr int kTaken = T == WeightType::kInt4 ? 0 : V::kCentre8;  // from every code, by the products
+    return V::set_int(kTaken == kZero ? 0 : (kTaken - kZero) * a.sums[i]);
   }
 
   static TI4_INLINE F finish(F acc, I dot, const Group& g, const QuantizedRows& a, int64_t i) {
@@ -107,7 +106,7 @@ struct Int8Block {
   // Of P panels, how many are read in turns, line by line, for M rows.
   template <int M, int P>
   static constexpr int turns() {
-    constexpr int kTurns = M > 2 ? 1 : V::kTurnSums / M / (T == WeightType::kInt4 ? 1 : 2);
+    constexpr int kTurns = M > 2 ? 1 : V::kTurnSums / M / (T == WeightType::kBook ? 2 : 1);
     return kTurns < P ? kTurns : P;
   }
 };

@@ -84,10 +84,8 @@ struct OneRow : Int8Block<V, T, O> {
   // Panels [first, last), as P streams, with the loops of the blocks' length.
   template <int P>
   static void run(const PackedWeight& w, const QuantizedRows& a, int64_t first, int64_t last, const Output& out) {
-    if constexpr (T == WeightType::kInt4) {
-      if (w.block == kSlab) return segments<1, P>(w, a, first, last, out);
-      if (w.block == kMaxBlock) return segments<kMaxBlock / kSlab, P>(w, a, first, last, out);
-    }
+    if (w.block == kSlab) return segments<1, P>(w, a, first, last, out);
+    if (w.block == kMaxBlock) return segments<kMaxBlock / kSlab, P>(w, a, first, last, out);
     segments<0, P>(w, a, first, last, out);
   }
 };

@@ -77,7 +77,7 @@ float dot_int8(const PackedWeight& w, const QuantizedRows& a, int64_t row, int64
     int dot = 0;
     for (int64_t k = b * w.block; k < smaller((b + 1) * w.block, w.padded_inputs); ++k) {
       const int c = code(w, panel, lane, k);
-      dot += (w.book ? w.book->planes[2][c] : c) * a.codes[((k / kSlab) * a.rows + row) * kSlab + k % kSlab];
+      dot += (w.book ? w.book->codes[c] : c) * a.codes[((k / kSlab) * a.rows + row) * kSlab + k % kSlab];
     }
     const float weight_scale = w.book ? p.scale * w.book->step : p.scale;
     acc = fmaf(float(dot - p.zero * sum), weight_scale * scale, acc);

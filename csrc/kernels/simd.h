@@ -10,6 +10,7 @@
 #define TI4_TARGET(features) TI4_PRAGMA(GCC target("avx2,fma,f16c"))
 #define TI4_INLINE inline      // copies of everything in every loop would compile for minutes
 #define TI4_KEEP(x) ((void)0)  // no register holds an emulated vector
+#define TI4_FORGET(p) ((void)0)
 #else
 #include <immintrin.h>
 // The instruction sets of the functions that follow, up to `#pragma GCC pop_options`.
@@ -17,4 +18,6 @@
 #define TI4_INLINE inline __attribute__((always_inline))
 // Keeps gcc from reassociating a chain of integer additions, which spills the accumulators of a tile.
 #define TI4_KEEP(x) __asm__("" : "+x"(x))
+// Keeps gcc from knowing where a pointer points, so that it loads again what it would keep in registers that it lacks.
+#define TI4_FORGET(p) __asm__("" : "+r"(p))
 #endif
