@@ -1,5 +1,6 @@
 // Schemas of the operators of a decoder layer around attention and every check of their arguments. LibTorch stable ABI
 // only.
+#include "dispatch.h"
 #include "norms.h"
 
 namespace torch_int4 {
@@ -15,6 +16,40 @@ std::vector<int64_t> output_shape(const Tensor& x, int64_t out_features) {
 const void* view_residual(const Tensor& residual, const Tensor& x, int64_t out_features) {
   check_tensor(residual, "residual", x.scalar_type(), "of the dtype of x", output_shape(x, out_features));
   return residual.const_data_ptr();
+}
+
+constexpr int64_t kThreadElements = 1 << 13;  // elements to normalize that are worth a thread
+
+struct NormJob {
+  Input x;
+  int64_t features;
+  char* output;
+};
+
+void normalize_rows(void* context, int64_t begin, int64_t end) {
+  const NormJob& job = *static_cast<const NormJob*>(context);
+  const IsaKernels& kernels = active_kernels();
+  const int64_t bytes = job.features * element_bytes(job.x.dtype);
+  std::vector<float> row(size_t(job.features));
+  for (int64_t i = begin; i < end; ++i) {
+    kernels.to_float(static_cast<const char*>(job.x.data) + i * bytes, job.x.dtype, job.features, row.data());
+    kernels.normalize(row.data(), job.features, *job.x.norm, row.data());
+    kernels.from_float(row.data(), job.features, job.x.dtype, false, job.output + i * bytes);
+  }
+}
+
+Tensor normalize(const Tensor& x, const Tensor& norm_weight, const OptionalTensor& norm_bias, std::string norm,
+                 double eps, double norm_offset) {
+  const int64_t features = input_features(x);
+  STD_TORCH_CHECK(features, "torch_int4: x must have features");
+  NormView view{};
+  view_norm(x, features, norm_weight, norm_bias, norm, eps, norm_offset, view);
+  const Tensor contiguous = make_contiguous(x);
+  Tensor y = torch::stable::new_empty(x, output_shape(x, features));
+  NormJob job{view_input(contiguous, features, std::nullopt), features, static_cast<char*>(y.mutable_data_ptr())};
+  job.x.norm = &view.norm;
+  parallel(job.x.rows, 1 + kThreadElements / features, normalize_rows, &job);
+  return y;
 }
 
 std::vector<Tensor> norm_linears(const Tensor& x, const Tensor& norm_weight, const OptionalTensor& norm_bias,
@@ -80,6 +115,9 @@ Tensor mlp_op(const Tensor& x, const OptionalTensor& residual, const OptionalTen
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torch_int4, m) {
   m.def(
+      "normalize(Tensor x, Tensor norm_weight, Tensor? norm_bias=None, *, str norm=\"rms\", float eps=1e-6, "
+      "float norm_offset=0.) -> Tensor");
+  m.def(
       "norm_linears(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor[] weights, Tensor[] scales, "
       "Tensor?[] offsets, Tensor?[] biases, Tensor? perm=None, *, int[] out_features, int group_size, "
       "str weight_type=\"int4\", str compute=\"int8\", ScalarType? out_dtype=None, str norm=\"rms\", float eps=1e-6, "
@@ -96,6 +134,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(torch_int4, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torch_int4, CPU, m) {
+  m.impl("normalize", TORCH_BOX(&normalize));
   m.impl("norm_linears", TORCH_BOX(&norm_linears));
   m.impl("linear_add", TORCH_BOX(&linear_add));
   m.impl("mlp", TORCH_BOX(&mlp_op));

@@ -1,5 +1,4 @@
 // Schemas of torch.ops.torch_int4 and every check of their arguments. LibTorch stable ABI only.
-#include <Python.h>
 #include <string.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -172,8 +171,3 @@ STABLE_TORCH_LIBRARY_IMPL(torch_int4, CompositeExplicitAutograd, m) {
 
 }  // namespace
 }  // namespace torch_int4
-
-// The extension module only loads the library; everything is reached through torch.ops.
-static struct PyModuleDef module_definition = {
-    PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-extern "C" PyMODINIT_FUNC PyInit__C(void) { return PyModule_Create(&module_definition); }

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ._block import source_of_forward
+
+if TYPE_CHECKING:
+    from ..block_layout import KnownBlock
 
 
 def fuse(model: nn.Module) -> int:
@@ -29,8 +32,21 @@ def fuse(model: nn.Module) -> int:
             if fused and runs_in_turn(kind, name):
                 mix_in(FusedLayers, blocks)
                 count += mix_in(FusedStack, module, name)
+                _fuse_norms(module, blocks[0])
                 break
     return count
+
+
+def _fuse_norms(model: nn.Module, block: Any) -> None:
+    """Let the model's own norms, such as that after the last layer, run in one operator call where layers have the
+    same ones. `torch.nn.LayerNorm` is one already."""
+    from ..norm import FusedNorm
+    from ..subclass import mix_in
+
+    known: KnownBlock = block.torch_int4_data
+    for module in filter(None, model._modules.values()):
+        if known.layout.norm == "rms" and type(module) is known.norm and "forward" not in vars(module):
+            mix_in(FusedNorm, module, known.layout)
 
 
 @functools.cache

@@ -3,12 +3,15 @@
 All take packed weights as `int4_linears` does (see ops.py), and x `[..., in_features]` of float32, bfloat16 or
 float16.
 
+`normalize(x, norm_weight, norm_bias=None, *, norm="rms", eps=1e-6, norm_offset=0.0) -> Tensor` is a norm, which
+computes in float32, with parameters `[in_features]` of the dtype of x. `norm="rms"` (arXiv:1910.07467) divides by the
+root of the mean square plus `eps`, rounds to the dtype of x and multiplies by the weight, as Llama does; with a
+`norm_offset` it multiplies by (offset + weight) before it rounds, as Gemma does. `norm="layer"` (arXiv:1607.06450) is
+LayerNorm, with `norm_bias` or without.
+
 `norm_linears(x, norm_weight, norm_bias, weights, scales, offsets, biases, perm=None, *, out_features, group_size,
 weight_type="int4", compute="int8", out_dtype=None, norm="rms", eps=1e-6, norm_offset=0.0) -> Tensor[]` is
-`int4_linears` of a normalized x. Norms compute in float32, with parameters `[in_features]` of the dtype of x.
-`norm="rms"` (arXiv:1910.07467) divides by the root of the mean square plus `eps`, rounds to the dtype of x and
-multiplies by the weight, as Llama does; with a `norm_offset` it multiplies by (offset + weight) before it rounds, as
-Gemma does. `norm="layer"` (arXiv:1607.06450) is LayerNorm, with `norm_bias` or without.
+`int4_linears` of `normalize(x)`.
 
 `linear_add(x, residual, weight, scales, offsets=None, bias=None, perm=None, *, out_features, group_size,
 weight_type="int4", compute="int8") -> Tensor` is `residual + int4_linear(x)`, the product rounded to the dtype of x
@@ -54,6 +57,19 @@ from torch import Tensor
 
 from torch_int4 import _C  # noqa: F401  (registers the operators)
 from torch_int4.errors import Int4Error
+
+
+@torch.library.register_fake("torch_int4::normalize")
+def _normalize(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None = None,
+    *,
+    norm: str = "rms",
+    eps: float = 1e-6,
+    norm_offset: float = 0.0,
+) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("torch_int4::norm_linears")
@@ -165,5 +181,5 @@ def _no_gradient(ctx: Any, *grads: Any) -> None:
 
 
 # decoder_layer writes into its arguments, so PyTorch takes no formula for it.
-for _name in ("norm_linears", "linear_add", "mlp"):
+for _name in ("normalize", "norm_linears", "linear_add", "mlp"):
     torch.library.register_autograd(f"torch_int4::{_name}", _no_gradient)

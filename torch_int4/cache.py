@@ -180,7 +180,10 @@ class Int4CacheLayer(KVStorage):
                 f"crop takes the negative number of tokens to remove, as all caches do; got {tokens_to_remove}"
             )
         self._count = max(self._count + tokens_to_remove, 0)
-        self.length.add_(tokens_to_remove).clamp_(min=0)
+        if self.max_length is None:  # of every layer, after every step of guessed tokens
+            self.length.fill_(self._count)
+        else:
+            self.length.add_(tokens_to_remove).clamp_(min=0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was; only rows that change are copied."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.hooks import RemovableHandle
 
+from torch_int4 import _C
 from torch_int4.calls import call
 
 
@@ -67,22 +68,14 @@ class Guard:
         self._handles = -1
 
     def holds(self, x: Tensor) -> bool:
-        """Whether nothing has changed, and x is a plain tensor of the dtype, and no gradients are recorded.
-
-        This runs for every token: plain loops, no generators.
-        """
+        """Whether nothing has changed, and x is a plain tensor of the dtype, and no gradients are recorded."""
         dtype = self.dtype
         if torch.is_grad_enabled() or type(x) is not Tensor or x.dtype is not dtype or _has_any_global_hook():
             return False
-        for owner, name, value in zip(self._owners, self._names, self._values, strict=True):
-            if owner.get(name) is not value:
-                return False
-        for module, kind in zip(self._modules, self._classes, strict=True):
-            if type(module) is not kind:
-                return False
-        for scale in self._scales:
-            if scale.dtype is not dtype:
-                return False
+        if not _C.entries_are(self._owners, self._names, self._values):
+            return False
+        if not _C.types_are(self._modules, self._classes) or not _C.attributes_are(self._scales, "dtype", dtype):
+            return False
         return self._handles == RemovableHandle.next_id or self._without_hooks()
 
     def _without_hooks(self) -> bool:

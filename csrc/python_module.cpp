@@ -1,0 +1,72 @@
+// The extension module. Importing it loads the operators, which are reached through torch.ops; its own functions are
+// loops over Python objects that every token waits for, and that take the interpreter several times as long.
+#include <Python.h>
+
+namespace {
+
+// Whether all arguments are lists, as long as the first; sets the exception that says so otherwise.
+bool are_lists(PyObject* const* arguments, int count, const char* function) {
+  for (int i = 0; i < count; ++i) {
+    if (!PyList_Check(arguments[i]) || PyList_Size(arguments[i]) != PyList_Size(arguments[0])) {
+      PyErr_Format(PyExc_TypeError, "torch_int4: %s takes lists of the same length", function);
+      return false;
+    }
+  }
+  return true;
+}
+
+PyObject* entries_are(PyObject*, PyObject* arguments) {
+  PyObject* lists[3];
+  if (!PyArg_ParseTuple(arguments, "OOO:entries_are", lists, lists + 1, lists + 2)) return nullptr;
+  if (!are_lists(lists, 3, "entries_are")) return nullptr;
+  for (Py_ssize_t i = 0; i < PyList_Size(lists[0]); ++i) {
+    PyObject* owner = PyList_GetItem(lists[0], i);
+    if (!PyDict_Check(owner)) return PyErr_Format(PyExc_TypeError, "torch_int4: entries_are looks into dicts");
+    PyObject* found = PyDict_GetItemWithError(owner, PyList_GetItem(lists[1], i));
+    if (!found && PyErr_Occurred()) return nullptr;
+    if ((found ? found : Py_None) != PyList_GetItem(lists[2], i)) Py_RETURN_FALSE;
+  }
+  Py_RETURN_TRUE;
+}
+
+PyObject* types_are(PyObject*, PyObject* arguments) {
+  PyObject* lists[2];
+  if (!PyArg_ParseTuple(arguments, "OO:types_are", lists, lists + 1)) return nullptr;
+  if (!are_lists(lists, 2, "types_are")) return nullptr;
+  for (Py_ssize_t i = 0; i < PyList_Size(lists[0]); ++i) {
+    const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(PyList_GetItem(lists[0], i)));
+    if (type != PyList_GetItem(lists[1], i)) Py_RETURN_FALSE;
+  }
+  Py_RETURN_TRUE;
+}
+
+PyObject* attributes_are(PyObject*, PyObject* arguments) {
+  PyObject *objects, *name, *value;
+  if (!PyArg_ParseTuple(arguments, "OOO:attributes_are", &objects, &name, &value)) return nullptr;
+  if (!are_lists(&objects, 1, "attributes_are")) return nullptr;
+  for (Py_ssize_t i = 0; i < PyList_Size(objects); ++i) {
+    PyObject* found = PyObject_GetAttr(PyList_GetItem(objects, i), name);
+    if (!found) return nullptr;
+    const bool same = found == value;
+    Py_DECREF(found);
+    if (!same) Py_RETURN_FALSE;
+  }
+  Py_RETURN_TRUE;
+}
+
+PyMethodDef functions[] = {
+    {"entries_are", entries_are, METH_VARARGS,
+     "entries_are(dicts, keys, values)\n--\n\n"
+     "Whether dicts[i].get(keys[i]) is values[i] for all i; arguments are lists of the same length."},
+    {"types_are", types_are, METH_VARARGS,
+     "types_are(objects, types)\n--\n\nWhether type(objects[i]) is types[i] for all i; lists of the same length."},
+    {"attributes_are", attributes_are, METH_VARARGS,
+     "attributes_are(objects, name, value)\n--\n\n"
+     "Whether getattr(object, name) is value for all objects of a list."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+extern "C" PyMODINIT_FUNC PyInit__C(void) { return PyModule_Create(&definition); }
