@@ -57,11 +57,14 @@ def test_inner_loops_keep_their_accumulators_in_registers() -> None:
             continue
         for loop in inner_loops(body):
             products = sum(bool(PRODUCT.search(text)) for text in loop)
-            if products < 24 or any("vcvtdq2ps" in text for text in loop):
+            scales = any("vcvtdq2ps" in text for text in loop)
+            if products < 24 or (scales and "FloatLoops" in name):
                 continue  # a short tail, or dequantization
-            tiles[vectors[1]] += 1
+            tiles[vectors[1]] += not scales
             traffic = sum(bool(VECTOR_STACK.search(text)) for text in loop)
-            assert traffic <= products // 4, f"{name}: {traffic} stack accesses for {products} products"
+            # Sums of blocks that end inside of a loop change places with the sums of floats.
+            most = products // 2 if scales else products // 4
+            assert traffic <= most, f"{name}: {traffic} stack accesses for {products} products"
     assert {"Avx2", "AvxVnni", "Avx512", "Avx512Vnni"} <= tiles.keys()
     assert all(count >= 3 for count in tiles.values()), tiles
 

@@ -24,6 +24,7 @@ struct Avx2 : Avx2Vectors {
   static constexpr int kTileRows = 4, kDirectRows = 5, kDirectRows8 = 4, kDirectLimit = 12, kFloatRows = 6,
                        kTurnSums = 4;
   static constexpr int kRowStreams = 4, kCentre8 = 128;
+  static constexpr bool kOneSlab = true;
   static constexpr int kPlane = kSlab * kPanelRows;
 
   // Int4 becomes one byte per weight, 8-bit codes the plane of their values and that of their magnitudes.

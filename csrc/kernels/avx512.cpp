@@ -22,6 +22,7 @@ struct Avx512 : Avx512Vectors {
   static constexpr int kTileRows = 8, kDirectRows = 4, kDirectRows8 = 4, kDirectLimit = 12, kFloatRows = 14,
                        kTurnSums = 8;
   static constexpr int kRowStreams = kStreams, kCentre8 = 128;
+  static constexpr bool kOneSlab = false;
   static constexpr int kPlane = kSlab * kPanelRows;
 
   // Int4 becomes one byte per weight, 8-bit codes the plane of their values and that of their magnitudes.

@@ -11,6 +11,7 @@ struct Avx512Vnni : Avx512Vectors {
   static constexpr int kTileRows = 12, kDirectRows = 8, kDirectRows8 = 8, kDirectLimit = 16, kFloatRows = 14,
                        kTurnSums = 8;
   static constexpr int kRowStreams = kStreams, kCentre8 = 0;
+  static constexpr bool kOneSlab = false;
 
   // Int8 lines are what dpbusd reads: they stay where they are.
   template <WeightType T>

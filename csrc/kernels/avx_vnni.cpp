@@ -23,6 +23,7 @@ struct AvxVnni : Avx2Vectors {
   static constexpr int kTileRows = 4, kDirectRows = 2, kDirectRows8 = 2, kDirectLimit = 8, kFloatRows = 6,
                        kTurnSums = 4;
   static constexpr int kRowStreams = kStreams, kCentre8 = 0;
+  static constexpr bool kOneSlab = false;
 
   // Int8 lines are what dpbusd reads: they stay where they are.
   template <WeightType T>

@@ -5,7 +5,8 @@
 // inputs of P panels with M rows; unpack<WeightType> and unpacked_bytes<WeightType> (0: tiles read the packed lines);
 // kTileRows, kDirectRows, kDirectRows8 (of 8-bit codes), kFloatRows (rows of the register tiles); kDirectLimit (more rows than this are tiled);
 // kTurnSums (panels times rows, of two at most, whose lines are read in turns; a divisor or multiple of the streams);
-// kRowStreams (panels, far apart, that one row reads at once); kCentre8 (what dot32 takes from every code of 8 bits).
+// kRowStreams (panels, far apart, that one row reads at once); kCentre8 (what dot32 takes from every code of 8 bits);
+// kOneSlab (whether blocks of one slab, as groups of 32 have them, get loops of their own).
 #pragma once
 #include "loops_common.h"
 #include "loops_one_row.h"
@@ -42,9 +43,14 @@ struct Int8Loops : Int8Block<V, T, O> {
     for (int i = 0; i < slab_bytes(T); i += kLineBytes) __builtin_prefetch(codes + kAhead + i);
   }
 
-  // One block of Q panels, whose codes are left behind it. Panels that are read in turns, line by line, share each
+  // Keeps gcc from starting with one panel or tile before the sums of another have left the registers.
+  static TI4_INLINE void part() {
+    if constexpr (V::kOneSlab) TI4_BARRIER();
+  }
+
+  // One block of Q panels, of kSlabs slabs or, where that is 0, of `inputs`; their codes are left behind it. Panels that are read in turns, line by line, share each
   // input's broadcast, keep as many reads under way, and none waits for its own last sum.
-  template <int M, int Q>
+  template <int M, int kSlabs, int Q>
   static TI4_INLINE void direct_block(F (&acc)[Q][M], const uint8_t* (&codes)[Q], const PackedWeight& w,
                                       const QuantizedRows& a, const int8_t* x, int64_t inputs, int64_t i,
                                       const int64_t (&first)[Q], int64_t parameter) {
@@ -54,7 +60,7 @@ struct Int8Loops : Int8Block<V, T, O> {
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) dot[q][m] = Block::start(a, i + m);
     }
-    for (int64_t k = 0; k < inputs; k += kSlab, x += a.rows * kSlab) {
+    for (int64_t k = 0; k < (kSlabs ? kSlabs * kSlab : inputs); k += kSlab, x += a.rows * kSlab) {
       if constexpr (M > 2) prefetch_slab(codes[0]);  // fewer rows leave the processor time to look ahead by itself
       V::template dot32<packed_source(T)>(dot, codes, x, w.book);
 #pragma GCC unroll 8
@@ -66,10 +72,11 @@ struct Int8Loops : Int8Block<V, T, O> {
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) acc[q][m] = Block::finish(acc[q][m], dot[q][m], g, a, i + m);
     }
+    if constexpr (kSlabs && Q == 1) part();
   }
 
   // Few rows: P panels, `apart` panels from each other, straight from packed memory, each byte touched once.
-  template <int M, int P>
+  template <int M, int P, int kSlabs = 0>
   static TI4_INLINE void direct_panels(const PackedWeight& w, const QuantizedRows& x_rows, int64_t row, int64_t panel,
                                        int64_t apart, const Output& out) {
     const QuantizedRows a = x_rows;  // a copy: no store can change its pointers
@@ -86,10 +93,10 @@ struct Int8Loops : Int8Block<V, T, O> {
     const int64_t per_group = w.blocks_per_group();
     int64_t parameter = 0, in_group = 0;
     for (int64_t b = 0; b < w.blocks; ++b) {
-      const int64_t inputs = smaller(w.block, w.padded_inputs - b * w.block);
+      const int64_t inputs = kSlabs ? kSlabs * kSlab : smaller(w.block, w.padded_inputs - b * w.block);
 #pragma GCC unroll 8
       for (int p = 0; p < P; p += Q) {
-        direct_block(acc[p / Q], codes[p / Q], w, a, x, inputs, b * a.rows + row, first[p / Q], parameter);
+        direct_block<M, kSlabs>(acc[p / Q], codes[p / Q], w, a, x, inputs, b * a.rows + row, first[p / Q], parameter);
       }
       x += inputs * a.rows;
       if (++in_group == per_group) in_group = 0, parameter += kPanelRows;
@@ -105,6 +112,9 @@ struct Int8Loops : Int8Block<V, T, O> {
   template <int M, int P>
   static __attribute__((noinline)) void direct_pass(const PackedWeight& w, const QuantizedRows& a, int64_t row,
                                                     int64_t panel, int64_t apart, const Output& out) {
+    if constexpr (V::kOneSlab) {
+      if (w.block == kSlab) return direct_panels<M, P, 1>(w, a, row, panel, apart, out);
+    }
     direct_panels<M, P>(w, a, row, panel, apart, out);
   }
 
@@ -142,17 +152,19 @@ struct Int8Loops : Int8Block<V, T, O> {
     for (int64_t i = first + P * segment; i < last; ++i) direct_passes<1>(w, a, i, 0, out);
   }
 
-  // One register tile: M rows x one panel over one block of unpacked weights; the sums in c are [rows][16] floats.
-  template <int M>
+  // One register tile: M rows x one panel over one block of unpacked weights, of kSlabs slabs or, where that is 0, of
+  // `inputs`; the sums in c are [rows][16] floats.
+  template <int M, int kSlabs = 0>
   static TI4_INLINE void tile(const uint8_t* weights, int64_t inputs, const QuantizedRows& a, const int8_t* x,
                               int64_t i, const Group& g, float* c) {
     I dot[1][M];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) dot[0][m] = Block::start(a, i + m);
-    for (int64_t k = 0; k < inputs; k += kSlab, x += a.rows * kSlab) {
+    for (int64_t k = 0; k < (kSlabs ? kSlabs * kSlab : inputs); k += kSlab, x += a.rows * kSlab) {
       V::template dot32<unpacked_source(T)>(dot, {weights}, x, nullptr);
       weights += V::template unpacked_bytes<T>() ? V::template unpacked_bytes<T>() : slab_bytes(T);
     }
+    if constexpr (kSlabs != 0) part();
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
       float* sums = c + m * kPanelRows;
@@ -171,11 +183,23 @@ struct Int8Loops : Int8Block<V, T, O> {
     }
   }
 
+  // All rows of a pass over one block.
+  template <int kSlabs>
+  static TI4_INLINE void sweep(int rows, const uint8_t* weights, int64_t inputs, const QuantizedRows& a,
+                               const int8_t* x, int64_t block, const Group& g, float* c) {
+    constexpr int M = V::kTileRows;
+    int i = 0;
+    for (; i + M <= rows; i += M) {
+      tile<M, kSlabs>(weights, inputs, a, x + i * kSlab, block + i, g, c + i * kPanelRows);
+    }
+    last_tiles<largest_power_of_two(M - 1)>(rows - i, weights, inputs, a, x + i * kSlab, block + i, g,
+                                            c + i * kPanelRows);
+  }
+
   // Many rows: each block of a panel is unpacked to L1 once and all rows of the pass sweep over it.
   static void tiled(const PackedWeight& w, const QuantizedRows& x_rows, int64_t first, int64_t last,
                     const Output& out) {
     const QuantizedRows a = x_rows;  // a copy: no store can change its pointers
-    constexpr int M = V::kTileRows;
     constexpr int kUnpacked = V::template unpacked_bytes<T>();
     alignas(64) uint8_t unpacked[kMaxBlock / kSlab * kUnpacked + 1];
     alignas(64) float c[kRowBlock * kPanelRows];
@@ -195,12 +219,8 @@ struct Int8Loops : Int8Block<V, T, O> {
               Block::load_group(w, w.scale_type, (panel * w.groups + b / w.blocks_per_group()) * kPanelRows);
           const int8_t* x = a.codes + (b * w.block / kSlab * a.rows + row) * kSlab;
           const int64_t block = b * a.rows + row;
-          int i = 0;
-          for (; i + M <= rows; i += M) {
-            tile<M>(weights, inputs, a, x + i * kSlab, block + i, g, c + i * kPanelRows);
-          }
-          last_tiles<largest_power_of_two(M - 1)>(rows - i, weights, inputs, a, x + i * kSlab, block + i, g,
-                                                  c + i * kPanelRows);
+          if (V::kOneSlab && inputs == kSlab) sweep<1>(rows, weights, inputs, a, x, block, g, c);
+          else sweep<0>(rows, weights, inputs, a, x, block, g, c);
         }
         store_rows<V>(c, rows, row, panel, w.out_features, out);
       }

@@ -11,6 +11,7 @@
 #define TI4_INLINE inline      // copies of everything in every loop would compile for minutes
 #define TI4_KEEP(x) ((void)0)  // no register holds an emulated vector
 #define TI4_FORGET(p) ((void)0)
+#define TI4_BARRIER() ((void)0)
 #else
 #include <immintrin.h>
 // The instruction sets of the functions that follow, up to `#pragma GCC pop_options`.
@@ -20,4 +21,6 @@
 #define TI4_KEEP(x) __asm__("" : "+x"(x))
 // Keeps gcc from knowing where a pointer points, so that it loads again what it would keep in registers that it lacks.
 #define TI4_FORGET(p) __asm__("" : "+r"(p))
+// Keeps gcc from moving loads and stores across.
+#define TI4_BARRIER() __asm__ volatile("" ::: "memory")
 #endif
