@@ -31,6 +31,8 @@ def test_ways_are_compared_with_their_own_plain_one():
     assert all(row.same and row.new_tokens == 8 for row in rows), "in fp32, guesses change no token"
     assert all(0 < row.min_s <= row.median_s for row in rows)
     assert [rows[0].speedup, rows[2].speedup] == [1, 1]
+    assert [rows[0].tokens_a_step, rows[2].tokens_a_step] == [1, 1]
+    assert 1 < rows[3].tokens_a_step <= 8, "guesses of a model of the same weights are taken"
     assert rows[3].speedup == rows[2].median_s / rows[3].median_s
     assert asked.count(12) >= 3 * (ROUNDS + 1), "each way reads the prompt for itself"
     assert any(1 < tokens < 12 for tokens in asked), "the float model looked at several guesses at once"

@@ -79,13 +79,14 @@ def profile_table(result: Result) -> tuple[list[str], list[list[str]]]:
 
 def speculation_table(result: Result) -> tuple[list[str], list[list[str]]]:
     """Decoding with guesses against plain decoding."""
-    header = ["decoding", "tok/s best", "median", "speed-up", "same tokens"]
+    header = ["decoding", "tok/s best", "median", "speed-up", "tokens a step", "same tokens"]
     return header, [
         [
             row.how,
             f"{row.new_tokens / row.min_s:.1f}",
             f"{row.new_tokens / row.median_s:.1f}",
             f"{row.speedup:.2f}",
+            f"{row.tokens_a_step:.2f}",
             "yes" if row.same else "no",
         ]
         for row in result.speculation

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-GUESSES = (2, 4, 8, 16)
+GUESSES = (2, 3, 4, 8)
 ASSISTED = 4  # guesses of an assistant model
 ROUNDS = 3
 TEXT = """Notes of the meeting on the storage cluster. The storage cluster lost two of its nine nodes on Monday night,
@@ -38,6 +38,7 @@ class Row:
     new_tokens: int
     min_s: float
     median_s: float
+    tokens_a_step: float  # that a call of the model made on average, after the one that read the prompt
     same: bool  # whether the tokens are those of plain decoding
     speedup: float  # over plain decoding, medians
 
@@ -65,9 +66,11 @@ def compare(ids: torch.Tensor, new: int, ways: list[Way]) -> list[Row]:
     """The ways in turns. The end-of-text token is ignored, so that each makes `new` tokens."""
     times: dict[str, list[float]] = {way.how: [] for way in ways}
     outputs: dict[str, Any] = {}
+    steps: dict[str, int] = {}
     for round_ in range(ROUNDS + 1):
         for way in ways:
-            seconds, outputs[way.how] = _generate(way.model, ids, new if round_ else 4, way.arguments)
+            tokens = new if round_ else 4
+            seconds, outputs[way.how], steps[way.how] = _generate(way.model, ids, tokens, way.arguments)
             if round_:  # the first one warms up
                 times[way.how].append(seconds)
     median = {how: sorted(taken)[ROUNDS // 2] for how, taken in times.items()}
@@ -77,6 +80,7 @@ def compare(ids: torch.Tensor, new: int, ways: list[Way]) -> list[Row]:
             new,
             min(times[way.how]),
             median[way.how],
+            (new - 1) / max(steps[way.how], 1),
             torch.equal(outputs[way.how], outputs[way.plain]),
             median[way.plain] / median[way.how],
         )
@@ -85,15 +89,22 @@ def compare(ids: torch.Tensor, new: int, ways: list[Way]) -> list[Row]:
 
 
 @torch.inference_mode()
-def _generate(model: Any, ids: torch.Tensor, new: int, arguments: dict[str, Any]) -> tuple[float, torch.Tensor]:
-    """Seconds of a whole call but for its prompt, which every way computes alike, and the tokens."""
+def _generate(model: Any, ids: torch.Tensor, new: int, arguments: dict[str, Any]) -> tuple[float, torch.Tensor, int]:
+    """Seconds of a whole call but for its prompt, which every way computes alike, the tokens, and calls of the model
+    after the prompt."""
     options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None}
     start = time.perf_counter()
     model.generate(ids, max_new_tokens=1, **options)
     prefill = time.perf_counter() - start
-    start = time.perf_counter()
-    output = model.generate(ids, max_new_tokens=new, **options, **arguments)
-    return max(time.perf_counter() - start - prefill, 1e-9), output
+    calls: list[None] = []
+    counting = model.register_forward_pre_hook(lambda module, args: calls.append(None))
+    try:
+        start = time.perf_counter()
+        output = model.generate(ids, max_new_tokens=new, **options, **arguments)
+        seconds = time.perf_counter() - start - prefill
+    finally:
+        counting.remove()
+    return max(seconds, 1e-9), output, len(calls) - 1
 
 
 def _prompt() -> torch.Tensor:
