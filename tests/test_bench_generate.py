@@ -19,7 +19,7 @@ from torch_int4.cli import app
 from torch_int4.evals.bench import engines, generate, generate_report, random_model, shapes, token_profile, worker
 from torch_int4.evals.bench.engines import _transformers
 
-OPTIONS = {"group_size": 32, "dtype": "float32", "compute": "int8", "kv_cache": "auto"}
+OPTIONS = {"group_size": 32, "dtype": "float32", "compute": "int8", "kv_cache": "auto", "head": "int4"}
 ENGINES = list(engines.available())
 HF = ["torch_int4", "transformers fp32"]
 

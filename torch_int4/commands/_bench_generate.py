@@ -23,6 +23,7 @@ def generate(
     dtype: Annotated[str, typer.Option(help="Of torch_int4's activations: float32 or bfloat16.")] = "float32",
     compute: Annotated[str, typer.Option(help="Of torch_int4: int8, int8x2, bf16 or fp32.")] = "int8",
     kv_cache: Annotated[str, typer.Option(help="Of torch_int4: auto, fp32, bf16, fp16 or int8.")] = "auto",
+    head: Annotated[str, typer.Option(help="Of torch_int4: int8, int4 or float.")] = "int8",
     threads: Annotated[int, typer.Option(min=1, help="Threads of every engine.")] = 2,
     folder: Annotated[
         Path | None, typer.Option(help="For files of random weights; without it, in the cache folder.")
@@ -61,7 +62,7 @@ def generate(
     plan = bench.Plan(
         tokens, rounds, prefill, prefill_rounds, tuple(batch or ()), tuple(context or ()), profile, speculate
     )
-    options = {"group_size": group_size, "dtype": dtype, "compute": compute, "kv_cache": kv_cache}
+    options = {"group_size": group_size, "dtype": dtype, "compute": compute, "kv_cache": kv_cache, "head": head}
     if plot is not None:
         common.require_matplotlib()  # before the minutes of measuring
     torch.set_num_threads(threads)

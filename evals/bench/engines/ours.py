@@ -38,7 +38,8 @@ class Ours(Generating):
     def version(self) -> str:
         """The kernel set, and how the model is patched."""
         options = self.spec.options
-        return f"{ops.isa()}, g{options['group_size']}, {options['compute']}, {options['dtype']}"
+        parts = (f"g{options['group_size']}", options["compute"], options["dtype"], f"{options['head']} head")
+        return ", ".join((ops.isa(), *parts))
 
 
 def build(spec: Spec) -> Any:
