@@ -3,10 +3,11 @@
 //
 // V supplies: F and I (16 floats, 16 int32) with load/store/arithmetic; dot32<Source, P, M>, the inner products of 32
 // inputs of P panels with M rows; unpack<WeightType> and unpacked_bytes<WeightType> (0: tiles read the packed lines);
-// kTileRows, kDirectRows, kDirectRows8 (of 8-bit codes), kFloatRows (rows of the register tiles); kDirectLimit (more rows than this are tiled);
+// kTileRows, kDirectRows, kDirectRows8 (of 8-bit codes), kFloatRows (rows of the register tiles);
+// kDirectLimit (more rows than this are tiled);
 // kTurnSums (panels times rows, of two at most, whose lines are read in turns; a divisor or multiple of the streams);
 // kRowStreams (panels, far apart, that one row reads at once); kCentre8 (what dot32 takes from every code of 8 bits);
-// kOneSlab (whether blocks of one slab, as groups of 32 have them, get loops of their own).
+// kOneSlab (whether blocks of one slab, as groups of 32 have them, get loops of their own, and twice the limit).
 #pragma once
 #include "loops_common.h"
 #include "loops_one_row.h"
@@ -229,7 +230,8 @@ struct Int8Loops : Int8Block<V, T, O> {
 
   static void run(const PackedWeight& w, const QuantizedRows& a, int64_t first, int64_t last, int streams,
                   const Output& out) {
-    if (a.rows > V::kDirectLimit) tiled(w, a, first, last, out);
+    const bool one_slab = V::kOneSlab && w.block == kSlab;  // between whose blocks a tile's sums go to memory
+    if (a.rows > V::kDirectLimit * (one_slab ? 2 : 1)) tiled(w, a, first, last, out);
     else if (streams > 1) direct<kStreams>(w, a, first, last, out);
     else direct<1>(w, a, first, last, out);
   }
