@@ -20,18 +20,11 @@ TI4_TARGET("avx2,fma,f16c")
 namespace torch_int4 {
 namespace {
 
-struct Avx2 : Avx2Vectors {
+struct Avx2 : Avx2Vectors, SignedPlanes {
   static constexpr int kTileRows = 4, kDirectRows = 5, kDirectRows8 = 4, kDirectLimit = 12, kFloatRows = 6,
                        kTurnSums = 4;
-  static constexpr int kRowStreams = 4, kCentre8 = 128;
+  static constexpr int kRowStreams = 4;
   static constexpr bool kOneSlab = true;
-  static constexpr int kPlane = kSlab * kPanelRows;
-
-  // Int4 becomes one byte per weight, 8-bit codes the plane of their values and that of their magnitudes.
-  template <WeightType T>
-  static constexpr int unpacked_bytes() {
-    return kPlane * (T == WeightType::kInt4 ? 1 : 2);
-  }
 
   // The weights of 4 inputs, quad j of 32 inputs, for half of the panel; at most 15 each.
   template <Source S>

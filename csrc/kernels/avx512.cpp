@@ -18,18 +18,11 @@ TI4_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 namespace torch_int4 {
 namespace {
 
-struct Avx512 : Avx512Vectors {
+struct Avx512 : Avx512Vectors, SignedPlanes {
   static constexpr int kTileRows = 8, kDirectRows = 4, kDirectRows8 = 4, kDirectLimit = 12, kFloatRows = 14,
                        kTurnSums = 8;
-  static constexpr int kRowStreams = kStreams, kCentre8 = 128;
+  static constexpr int kRowStreams = kStreams;
   static constexpr bool kOneSlab = false;
-  static constexpr int kPlane = kSlab * kPanelRows;
-
-  // Int4 becomes one byte per weight, 8-bit codes the plane of their values and that of their magnitudes.
-  template <WeightType T>
-  static constexpr int unpacked_bytes() {
-    return kPlane * (T == WeightType::kInt4 ? 1 : 2);
-  }
 
   // The weights of 4 inputs, quad j of 32 inputs, at most 15 each.
   template <Source S>

@@ -17,6 +17,18 @@ constexpr Source unpacked_source(WeightType type) {
 }
 constexpr int slab_bytes(WeightType type) { return kSlab * kPanelRows / (type == WeightType::kInt8 ? 1 : 2); }
 
+// Base of vectors without dpbusd, which multiply 8-bit codes as magnitudes, and activations that carry the signs.
+struct SignedPlanes {
+  static constexpr int kCentre8 = 128;
+  static constexpr int kPlane = kSlab * kPanelRows;  // bytes
+
+  // For tiles int4 becomes one byte per weight, 8-bit codes the plane of their values and that of their magnitudes.
+  template <WeightType T>
+  static constexpr int unpacked_bytes() {
+    return kPlane * (T == WeightType::kInt4 ? 1 : 2);
+  }
+};
+
 constexpr int largest_power_of_two(int n) { return n < 2 ? n : 2 * largest_power_of_two(n / 2); }
 
 constexpr int kStreams = 2;     // panels, far apart, that few rows read at once
