@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from torch_int4 import Int4Cache, Int4Linear, block, patch, stack
 from torch_int4.block import FusedBlock
+from torch_int4.norm import FusedNorm
 from torch_int4.patches import _block, families
 
 CLOSE = 2e-3
@@ -56,8 +57,11 @@ def test_layers_that_are_fused(name):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_layer_is_one_operator_call_and_five_with_other_caches(name):
     patched, _ = pair(name, head="float")
-    steps = dict.fromkeys((*STEPS, "rotary_append", "attention"), 2)
-    for cache, wanted in ((Int4Cache(), {"prepared_decoder_layers": 2}), (DynamicCache(), steps)):
+    # After the layers comes a norm, of one operator too where the layers have the same.
+    last = {"normalize": 1} if any(isinstance(m, FusedNorm) for m in patched.modules()) else {}
+    assert bool(last) == (families.resolve(family_of(name)).blocks[0].norm == "rms")
+    steps = dict.fromkeys((*STEPS, "rotary_append", "attention"), 2) | last
+    for cache, wanted in ((Int4Cache(), {"prepared_decoder_layers": 2} | last), (DynamicCache(), steps)):
         with torch.no_grad(), Calls() as calls:
             patched(prompt(), past_key_values=cache)
             assert calls.counts == wanted
