@@ -1,4 +1,5 @@
 // Schemas of the operators of a whole decoder layer, and the layers that were prepared. LibTorch stable ABI only.
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <unordered_map>
@@ -33,7 +34,9 @@ Tensor decoder_layer_op(const Tensor& x, std::vector<Tensor> norm_weights, std::
                 key_cache.size(1), key_cache.size(3), value_cache.size(3));
   const LayerState state{cos, sin, key_cache, value_cache, key_scales, value_scales, length, mask};
   Tensor y = empty_output(x);
-  run_layer(p, x, state, rotary_dim, scale, softcap, y);
+  thread_local LayerView view;
+  view_layer(p, make_contiguous(x), state, rotary_dim, scale, softcap, y, view);
+  run_layer(view, state);
   return y;
 }
 
@@ -87,25 +90,72 @@ int64_t prepare_op(std::vector<Tensor> norm_weights, std::vector<OptionalTensor>
   return registry().add(std::move(p));
 }
 
-// One prepared layer after the other, each on what the one before gave, with caches of their own.
+// One of several layers in a call.
+struct LayerCall {
+  std::shared_ptr<const PreparedLayer> layer;
+  std::exception_ptr error;
+};
+
+// What prepared layers are called with, and the call of each of them.
+struct Stack {
+  Tensor x;  // contiguous
+  const std::vector<int64_t>& layers;
+  const OptionalTensor &cos, &sin;
+  const std::vector<Tensor>&key_caches, &value_caches;
+  const std::vector<OptionalTensor>&key_scales, &value_scales;
+  const std::vector<Tensor>& lengths;
+  const OptionalTensor& mask;
+  int64_t rotary_dim;
+  double scale, softcap;
+  Tensor outputs[2];  // which take turns
+  LayerView* views;
+  LayerCall* calls;
+
+  LayerState state(size_t i) const {
+    return {cos, sin, key_caches[i], value_caches[i], key_scales[i], value_scales[i], lengths[i], mask};
+  }
+};
+
+void view_layers(void* context, int64_t begin, int64_t end) {
+  Stack& s = *static_cast<Stack*>(context);
+  for (auto i = size_t(begin); i < size_t(end); ++i) {
+    try {
+      s.calls[i].layer = registry().find(s.layers[i]);
+      view_layer(*s.calls[i].layer, i ? s.outputs[(i - 1) % 2] : s.x, s.state(i), s.rotary_dim, s.scale, s.softcap,
+                 s.outputs[i % 2], s.views[i]);
+    } catch (...) {
+      s.calls[i].error = std::current_exception();
+    }
+  }
+}
+
+// One prepared layer after the other, each on what the one before gave, with caches of their own. All are viewed before
+// the first one runs: nothing has changed if an argument is wrong, and threads share what is mostly waiting for memory,
+// as the weights of a token push the tensors that describe them out of the caches.
 Tensor prepared_op(const Tensor& x, std::vector<int64_t> layers, const OptionalTensor& cos, const OptionalTensor& sin,
                    std::vector<Tensor> key_caches, std::vector<Tensor> value_caches,
                    std::vector<OptionalTensor> key_scales, std::vector<OptionalTensor> value_scales,
                    std::vector<Tensor> lengths, const OptionalTensor& mask, int64_t rotary_dim, double scale,
                    double softcap) {
+  constexpr int64_t kThreadLayers = 2;  // worth a thread
   const size_t count = layers.size();
   STD_TORCH_CHECK(count > 0 && key_caches.size() == count && value_caches.size() == count &&
                       key_scales.size() == count && value_scales.size() == count && lengths.size() == count,
                   "torch_int4: layers, key_caches, value_caches, key_scales, value_scales and lengths must be lists of "
                   "one length, and not empty");
-  std::vector<Tensor> outputs;  // two that take turns
-  for (size_t i = 0; i < count; ++i) {
-    if (i < 2) outputs.push_back(empty_output(x));
-    const LayerState state{cos, sin, key_caches[i], value_caches[i], key_scales[i], value_scales[i], lengths[i], mask};
-    run_layer(*registry().find(layers[i]), i ? outputs[(i - 1) % 2] : x, state, rotary_dim, scale, softcap,
-              outputs[i % 2]);
+  thread_local std::vector<LayerView> views;
+  if (views.size() < count) views.resize(count);
+  std::vector<LayerCall> calls(count);
+  Stack stack{
+      make_contiguous(x), layers,      cos,  sin,        key_caches, value_caches, key_scales,
+      value_scales,       lengths,     mask, rotary_dim, scale,      softcap,      {empty_output(x), empty_output(x)},
+      views.data(),       calls.data()};
+  parallel(int64_t(count), kThreadLayers, view_layers, &stack);
+  for (const LayerCall& call : calls) {
+    if (call.error) std::rethrow_exception(call.error);
   }
-  return outputs[(count - 1) % 2];
+  for (size_t i = 0; i < count; ++i) run_layer(views[i], stack.state(i));
+  return stack.outputs[(count - 1) % 2];
 }
 
 void release_op(int64_t layer) { registry().remove(layer); }

@@ -113,21 +113,19 @@ void prepare_layer(PreparedLayer& p, int64_t features, int64_t projections, bool
   l.rotary.interleaved = interleaved;
 }
 
-void run_layer(const PreparedLayer& p, const Tensor& x, const LayerState& state, int64_t rotary_dim, double scale,
-               double softcap, Tensor& y) {
-  DecoderLayer l = p.layer;
+void view_layer(const PreparedLayer& p, const Tensor& x, const LayerState& state, int64_t rotary_dim, double scale,
+                double softcap, Tensor& y, LayerView& view) {
+  DecoderLayer& l = view.layer = p.layer;
   l.rotary.batch = l.attention.batch = x.size(0);
   l.rotary.tokens = l.attention.tokens = x.size(1);
   const int64_t features = l.weights[0].in_features;
   STD_TORCH_CHECK(input_features(x) == features, "torch_int4: x has shape ", shape_text(x), " but the layer takes ",
                   features, " features");
-  const Tensor contiguous = make_contiguous(x);
-  l.x = view_input(contiguous, features, std::nullopt);
-  thread_local std::vector<float> converted[kMaxLinears];  // as the norms' own, kept: a layer is called many times
-  view_memory(p.linears, l, converted);
+  l.x = view_input(x, features, std::nullopt);
+  view_memory(p.linears, l, view.converted);
   l.x.perm = l.perms[0];
   const Norms& given = p.norms;
-  thread_local NormView norms[4];
+  NormView* norms = view.norms;
   for (size_t i = 0; i < given.weights.size(); ++i) {
     view_norm(x, features, given.weights[i], given.biases[i], given.kind, given.eps, given.offset, norms[i]);
   }
@@ -146,6 +144,10 @@ void run_layer(const PreparedLayer& p, const Tensor& x, const LayerState& state,
   l.attention.softcap = float(softcap);
   l.attention.causal = !state.mask;
   l.output = y.mutable_data_ptr();
+}
+
+void run_layer(LayerView& view, const LayerState& state) {
+  DecoderLayer& l = view.layer;
   if (l.x.rows) decoder_layer(l, parallel);
   *static_cast<int64_t*>(state.length.mutable_data_ptr()) += l.rotary.tokens;
 }

@@ -46,8 +46,19 @@ void prepare_layer(PreparedLayer& p, int64_t features, int64_t projections, bool
                    const std::string& compute, const std::string& activation, int64_t kv_heads, int64_t head_size,
                    int64_t value_size);
 
-// y = layer(x), both [batch, tokens, features]; y is contiguous and shares no memory with x.
-void run_layer(const PreparedLayer& p, const Tensor& x, const LayerState& state, int64_t rotary_dim, double scale,
-               double softcap, Tensor& y);
+// A prepared layer as one call runs it.
+struct LayerView {
+  DecoderLayer layer;
+  NormView norms[4];  // as `converted`, kept from call to call
+  std::vector<float> converted[kMaxLinears];
+};
+
+// Checks everything that a call brings, for y = layer(x), both [batch, tokens, features] and contiguous, in memory of
+// their own. It must not be called for one view from two threads at once, nor for one length twice before it ran.
+void view_layer(const PreparedLayer& p, const Tensor& x, const LayerState& state, int64_t rotary_dim, double scale,
+                double softcap, Tensor& y, LayerView& view);
+
+// Runs what was viewed, and adds its tokens to the length.
+void run_layer(LayerView& view, const LayerState& state);
 
 }  // namespace torch_int4

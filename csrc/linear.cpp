@@ -3,6 +3,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <algorithm>
+#include <atomic>
+
 #include "buffer.h"
 #include "dispatch.h"
 
@@ -12,6 +15,7 @@ namespace {
 constexpr int64_t kParallelElements = 1 << 13;  // quantizing fewer elements of x than this is not worth a fork-join
 constexpr int64_t kNormCost = 4;                // elements quantized in the time that one is normalized, or gated
 constexpr int64_t kThreadBytes = 1 << 15;       // weight bytes times rows that are worth a thread
+constexpr int64_t kPieceBytes = 1 << 16;        // weight bytes times rows of the smallest piece that threads pick up
 constexpr int64_t kPassRows = 128;              // kernels read weights once for so many rows, or more often
 
 // Several read streams per thread keep more reads under way than one; TORCH_INT4_STREAMS=1 turns that off.
@@ -41,6 +45,8 @@ struct Job {
   Compute compute;
   QuantizedRows quantized;
   FloatRows floats;
+  int64_t panels = 0, given = 0, piece = 0;  // of all weights; given out beforehand; worth picking up
+  std::atomic<int64_t> next{0};              // the first panel that nobody has picked up
 
   const PackedWeight& w() const { return weights[0]; }  // what all of them share: inputs and blocks
   bool integer() const { return compute == Compute::kInt8 || compute == Compute::kInt8x2; }
@@ -104,8 +110,7 @@ void prepare_rows(void* context, int64_t begin, int64_t end) {
 }
 
 // Panels [begin, end) of all the weights in a row.
-void run_panels(void* context, int64_t begin, int64_t end) {
-  const Job& job = *static_cast<const Job*>(context);
+void run_range(const Job& job, int64_t begin, int64_t end) {
   for (int i = 0; i < job.count && end > 0; ++i) {
     const PackedWeight& w = job.weights[i];
     const int64_t panels = w.panels(), first = begin > 0 ? begin : 0, last = end < panels ? end : panels;
@@ -117,6 +122,33 @@ void run_panels(void* context, int64_t begin, int64_t end) {
     if (job.integer()) job.kernels.linear_int8(w, job.quantized, first, last, streams(), out);
     else job.kernels.linear_float(w, job.floats, first, last, job.compute == Compute::kBf16, out);
   }
+}
+
+// Panels [begin, end) of those that are given out beforehand, and then of the others as long as there are any, so that
+// threads end together although one may be slowed down, by what shares its core or its way to memory.
+void run_panels(void* context, int64_t begin, int64_t end) {
+  Job& job = *static_cast<Job*>(context);
+  const int64_t mine = end - begin;
+  if (mine == job.given) return run_range(job, 0, job.panels);  // one thread, which has all of it
+  if (mine == 0) return;
+  run_range(job, begin, end);
+  const int64_t threads = (job.given + mine - 1) / mine;
+  const int64_t each = std::max<int64_t>(1, (job.panels - job.given) / threads), piece = std::min(job.piece, each);
+  int64_t first = job.next.load(std::memory_order_relaxed);
+  while (first < job.panels) {
+    const int64_t share = (job.panels - first) / (2 * threads) / piece * piece;
+    const int64_t last = std::min(first + std::max(share, piece), job.panels);
+    if (!job.next.compare_exchange_weak(first, last, std::memory_order_relaxed)) continue;
+    run_range(job, first, last);
+    first = job.next.load(std::memory_order_relaxed);
+  }
+}
+
+// How many of the panels are given out beforehand: most, as whole ranges are read best and one row is little else than
+// reading, and all where the rest would not make enough pieces to balance anything.
+int64_t given_panels(int64_t panels, int64_t rows, int64_t piece) {
+  const int64_t rest = panels / (rows == 1 ? 16 : 4);
+  return rest < 2 * piece ? panels : panels - rest;
 }
 
 }  // namespace
@@ -139,9 +171,11 @@ const char* linear(const PackedWeight* w, const Output* y, int count, const Inpu
   } else {
     prepare_rows(&job, 0, x.rows);
   }
-  int64_t panels = 0;
-  for (int i = 0; i < count; ++i) panels += w[i].panels();
-  parallel(panels, 1 + kThreadBytes / (w->panel_bytes() * rows), run_panels, &job);
+  for (int i = 0; i < count; ++i) job.panels += w[i].panels();
+  const int64_t row_bytes = w->panel_bytes() * rows;
+  job.piece = std::max<int64_t>(1, (kPieceBytes / row_bytes + 3) / 4 * 4);  // four panels are read at once
+  job.next = job.given = given_panels(job.panels, rows, job.piece);
+  parallel(job.given, 1 + kThreadBytes / row_bytes, run_panels, &job);
   values.trim(kKeptBytes);
   return job.kernels.name;
 }

@@ -157,15 +157,18 @@ def test_the_same_bits_on_every_thread_count(isa: str, compute: str) -> None:
     rows = 3 if isa == "reference" else 200
     weight = oracle.random_weight(170, 500, 64, "float")
     x = torch.randn(rows, 500, generator=torch.Generator().manual_seed(0))
+    # So large that threads pick up the last panels of one row as they come; 200 rows of the other one suffice for that.
+    deep = oracle.random_weight(520, 16384, 128)
+    long = torch.randn(1, 16384, generator=torch.Generator().manual_seed(1))
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2, 3, 7, 16):
             torch.set_num_threads(threads)
-            results.append((run(x, weight, compute), run(x[:1], weight, compute)))
+            results.append((run(x, weight, compute), run(x[:1], weight, compute), run(long, deep, compute)))
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(a, results[0][0]) and torch.equal(b, results[0][1]) for a, b in results)
+    assert all(torch.equal(a, b) for each in results for a, b in zip(each, results[0], strict=True))
 
 
 def test_the_same_bits_alone_and_in_a_batch(isa: str) -> None:

@@ -201,6 +201,22 @@ def test_what_does_not_fit_is_refused(cache, x, words):
     assert length.item() == 0
 
 
+@pytest.mark.parametrize("wrong", [0, 1, 4])
+def test_all_layers_are_checked_before_one_runs(wrong):
+    model, _ = made()
+    number, count = layers[layer(model)].number, 5
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(count)]
+    keys = [torch.zeros(1, 2, 0 if i == wrong else 8, 16) for i in range(count)]
+    values = [torch.zeros_like(key) for key in keys]
+    none = [None] * count
+    with pytest.raises(RuntimeError, match="do not fit"):
+        OPS.prepared_decoder_layers(
+            torch.ones(1, 1, 64), [number] * count, None, None, keys, values, none, none, lengths, None, 0, 1.0, 0.0
+        )
+    assert not any(length.item() for length in lengths)
+    assert not any(key.any() for key in keys)
+
+
 def test_guards_see_hooks_that_come_and_go():
     modules, model, x = [nn.Identity(), nn.Identity()], nn.Linear(1, 1), torch.ones(2)
     guard = Guard(torch.float32, [], modules, [])
