@@ -33,9 +33,10 @@ Tensor decoder_layer_op(const Tensor& x, std::vector<Tensor> norm_weights, std::
   prepare_layer(p, input_features(x), projections, parallel_residual, interleaved, compute, activation,
                 key_cache.size(1), key_cache.size(3), value_cache.size(3));
   const LayerState state{cos, sin, key_cache, value_cache, key_scales, value_scales, length, mask};
+  const Tensor contiguous = make_contiguous(x);
   Tensor y = empty_output(x);
   thread_local LayerView view;
-  view_layer(p, make_contiguous(x), state, rotary_dim, scale, softcap, y, view);
+  view_layer(p, contiguous, state, rotary_dim, scale, softcap, y, view);
   run_layer(view, state);
   return y;
 }

@@ -54,7 +54,8 @@ struct LayerView {
 };
 
 // Checks everything that a call brings, for y = layer(x), both [batch, tokens, features] and contiguous, in memory of
-// their own. It must not be called for one view from two threads at once, nor for one length twice before it ran.
+// their own. The view holds none of it: all of it must live until the layer ran. It must not be called for one view
+// from two threads at once, nor for one length twice before it ran.
 void view_layer(const PreparedLayer& p, const Tensor& x, const LayerState& state, int64_t rotary_dim, double scale,
                 double softcap, Tensor& y, LayerView& view);
 

@@ -168,6 +168,13 @@ def test_rows_and_threads_do_not_matter(isa: str) -> None:
         torch.set_num_threads(threads)
 
 
+def test_inputs_that_are_not_contiguous(isa: str) -> None:
+    layer = Layer()
+    for x in (random(3, 2, WIDTH).transpose(0, 1), random(2, 3, 2 * WIDTH)[..., ::2]):
+        assert not x.is_contiguous()
+        assert_equal(layer.whole(x, layer.caches(2)), layer.whole(x.contiguous(), layer.caches(2)))
+
+
 def test_opcheck() -> None:
     layer = Layer(compute="fp32", projections=1, gated=False)
     x, caches = random(2, 3, WIDTH), layer.caches(2)
