@@ -16,7 +16,7 @@ ARGS ?=
 SHELL := /bin/bash
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/kernels/*.h csrc/kernels/*.cpp)
+CPP := $(shell find csrc -name '*.h' -o -name '*.cpp')
 # Folders too, whose time changes when a file goes.
 SOURCES := pyproject.toml setup.py $(shell find csrc torch_int4 patches evals -name __pycache__ -prune -o -print)
 

@@ -40,14 +40,14 @@ def sanitizers() -> list[str]:
 
 
 def operators() -> object:
-    """The extension torch_int4._C: every .cpp of csrc/ and csrc/kernels/, in a fixed order."""
-    folders = [Path("csrc"), Path("csrc/kernels")]
+    """The extension torch_int4._C: every .cpp below csrc/, in a fixed order."""
+    csrc = Path("csrc")
     system = [*include_paths(), sysconfig.get_path("include")]
     return CppExtension(
         "torch_int4._C",
-        [str(path) for folder in folders for path in sorted(folder.glob("*.cpp"))],
-        depends=[str(path) for folder in folders for path in sorted(folder.glob("*.h"))],
-        include_dirs=[os.path.abspath("csrc")],
+        [str(path) for path in sorted(csrc.rglob("*.cpp"))],
+        depends=[str(path) for path in sorted(csrc.rglob("*.h"))],
+        include_dirs=[os.path.abspath(csrc)],
         define_macros=DEFINES,
         # -isystem keeps the warnings of other people's headers quiet.
         extra_compile_args={"cxx": [*COMPILE, *WARN, *sanitizers(), *(f"-isystem{path}" for path in system)]},

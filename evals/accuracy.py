@@ -14,11 +14,10 @@ from typing import Any
 
 import torch_int4
 from torch_int4 import Int4Config, Int4Error
-from torch_int4.paired import PairedLoss
-
-from . import models, output, scores, tasks
-from .quantize import is_patched, to_int4
-from .scores import Items
+from torch_int4.evals import models, output, scores, tasks
+from torch_int4.evals.quantize import is_patched, to_int4
+from torch_int4.evals.scores import Items
+from torch_int4.tuning.paired import PairedLoss
 
 HEADER = ("task", "metric", "items", "float", "±", "int4", "loss", "± paired", "verdict")
 
@@ -112,7 +111,7 @@ def run(
     Raises:
         Int4Error: a model, a task or its data cannot be loaded, or a config cannot be applied.
     """
-    from . import harness
+    from torch_int4.evals import harness
 
     def evaluate(loaded: Any, tokenizer: Any, what: str) -> tuple[tuple[Items, ...], Any]:
         note(f"{what}: {', '.join(names)}")

@@ -42,8 +42,7 @@ class Row:
 def table(model: Any, ids: Any, *, window: int) -> Iterator[Row]:
     """Perplexity of a patched model on token ids [T] with each of CACHES."""
     from torch_int4 import Int4Cache
-
-    from .perplexity import compare, perplexity
+    from torch_int4.evals.perplexity import compare, perplexity
 
     sizes: dict[str, int] = {}
 
@@ -84,9 +83,8 @@ def main(
     """
     from torch_int4 import patch
     from torch_int4.errors import Int4Error
-
-    from . import models, output
-    from .text import builtin_text
+    from torch_int4.evals import models, output
+    from torch_int4.evals.text import builtin_text
 
     try:
         loaded, tokenizer = models.load(model)

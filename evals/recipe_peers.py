@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 import torch_int4
 from torch_int4 import Int4Config, Int4Linear
-from torch_int4.calibration import Calibration
+from torch_int4.calibration.data import Calibration
 from torch_int4.errors import Int4Error
-from torch_int4.weight import Int4Weight
+from torch_int4.weights.canonical import Int4Weight
 
 STEPS = {"light": 50, "default": 200, "best": 1000}  # of a block, as our trained recipes take them
 
@@ -59,7 +59,7 @@ def quantize(name: str, job: Job) -> tuple[Any, float]:
 def _auto_round(job: Job, **options: Any) -> tuple[Any, float]:
     from auto_round import AutoRound
 
-    from . import models
+    from torch_int4.evals import models
 
     windows = job.calibration.windows(job.model)
     rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in windows]

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import recipe_peers
+from torch_int4.evals import recipe_peers
 
 OFFSETS: dict[str, dict[str, Any]] = {
     "symmetric": {"symmetric": True},
@@ -59,7 +59,7 @@ class Row:
 
 def cells(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
     """A row as text, compared with float and with plain rounding at the same group and offset."""
-    from torch_int4.paired import perplexity_loss
+    from torch_int4.tuning.paired import perplexity_loss
 
     base = next((r for r in rows if r.recipe == "float"), None)
     plain = next((r for r in rows if (r.recipe, r.group, r.offset) == ("rtn", row.group, row.offset)), None)
@@ -83,7 +83,7 @@ def accuracy_cells(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
 
     Where the float model answers nothing right, there is no drop.
     """
-    from torch_int4.paired import accuracy_loss
+    from torch_int4.tuning.paired import accuracy_loss
 
     base = next((r for r in rows if r.recipe == "float"), None)
     if base is None or not row.correct:
@@ -97,7 +97,7 @@ def accuracy_cells(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
 
 def against_peers(rows: Sequence[Row]) -> list[str]:
     """What each of our rows differs from its peers by, in words: perplexity with its paired error, and seconds."""
-    from torch_int4.paired import perplexity_loss
+    from torch_int4.tuning.paired import perplexity_loss
 
     found = []
     for theirs in rows:
@@ -114,7 +114,7 @@ def against_peers(rows: Sequence[Row]) -> list[str]:
 
 def plain_loss(base: Row, plain: Row) -> float:
     """What plain rounding loses against float."""
-    from torch_int4.paired import perplexity_loss
+    from torch_int4.tuning.paired import perplexity_loss
 
     return perplexity_loss(base.nll, plain.nll, plain.tokens).loss
 
@@ -132,9 +132,8 @@ def measure(
     `settings` has window and more; `answer` gives a model's score on each item of a task.
     """
     import torch_int4
-
-    from .memory import linear_bytes, patched_memory, weight_bytes
-    from .perplexity import perplexity
+    from torch_int4.evals.memory import linear_bytes, patched_memory, weight_bytes
+    from torch_int4.evals.perplexity import perplexity
 
     for recipe, group, offset in options:
         model, seconds = load(), 0.0
@@ -178,7 +177,7 @@ def lambada(tokenizer: Any, data: Path | None, items: int, window: int) -> Itera
     if data is None:
         yield lambda model: ()
         return
-    from . import harness, scores
+    from torch_int4.evals import harness, scores
 
     with harness.task_manager((TASK,), data) as manager:
 
@@ -230,10 +229,9 @@ def main(
 
         python -m torch_int4.evals.recipes_table --text wiki.test.raw --calibration wiki.train.tokens --out rows.jsonl
     """
-    from torch_int4.calibration import Calibration
+    from torch_int4.calibration.data import Calibration
     from torch_int4.errors import Int4Error
-
-    from . import models, output
+    from torch_int4.evals import models, output
 
     settings = {
         "tokens": tokens,

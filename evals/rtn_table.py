@@ -78,9 +78,8 @@ def table(
     Memory: the float model twice. Time: two forward passes of the text and one quantization per row.
     """
     import torch_int4
-
-    from .memory import linear_bytes, patched_memory, weight_bytes
-    from .perplexity import compare, perplexity
+    from torch_int4.evals.memory import linear_bytes, patched_memory, weight_bytes
+    from torch_int4.evals.perplexity import compare, perplexity
 
     before = linear_bytes(model)
     bits = 8.0 * sum(weight_bytes(model).values()) / sum(p.numel() for p in model.parameters())
@@ -141,9 +140,8 @@ def main(
         python -m torch_int4.evals.rtn_table --text wiki.test.raw --tokens 12288 --window 1024 --compute fp32
     """
     from torch_int4.errors import Int4Error
-
-    from . import models, output
-    from .text import builtin_text
+    from torch_int4.evals import models, output
+    from torch_int4.evals.text import builtin_text
 
     try:
         float_model, tokenizer = models.load(model)

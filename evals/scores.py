@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from torch_int4.errors import Int4Error
-from torch_int4.paired import PairedLoss, accuracy_loss, perplexity_loss
+from torch_int4.tuning.paired import PairedLoss, accuracy_loss, perplexity_loss
 
 # Metrics of tasks without a file in evals/tasks: the first one that a task has decides.
 _USUAL = ("acc", "exact_match", "word_perplexity", "perplexity")

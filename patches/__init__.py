@@ -1,11 +1,8 @@
-"""Patching Hugging Face models in place: `patch`, the facts about each model family, and the walk over a
-model.
+"""Facts about model families: one file per `model_type`, each with `FAMILY`, a `Family` of data.
 
-One file per family, named by its `model_type`; `generic` serves every other model.
+`generic` serves every model without a file of its own.
 """
 
-from ._report import PatchReport
-from .families import Family
-from .patcher import patch
+from torch_int4.layouts.family import Family
 
-__all__ = ["Family", "PatchReport", "patch"]
+__all__ = ["Family"]

@@ -1,3 +1,3 @@
 """Code World Model: as Llama, with sliding windows in the masks of some layers."""
 
-from .llama import FAMILY as FAMILY
+from torch_int4.patches.llama import FAMILY as FAMILY

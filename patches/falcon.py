@@ -2,10 +2,10 @@
 
 import dataclasses
 
-from ..attention_layout import AttentionLayout
-from ..block_layout import BlockLayout
-from ..folding import ScaleFold
-from .families import Family
+from torch_int4.layouts.attention import AttentionLayout
+from torch_int4.layouts.family import Family
+from torch_int4.layouts.layer import BlockLayout
+from torch_int4.layouts.scales import ScaleFold
 
 SERIAL = BlockLayout(
     ("2b5f89fea7e7b5f0", "62bd1c002ad7c1f3", None),

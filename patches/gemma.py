@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from ..block_layout import BlockLayout
-from . import llama
+from torch_int4.layouts.layer import BlockLayout
+from torch_int4.patches import llama
 
 FAMILY = dataclasses.replace(
     llama.FAMILY,

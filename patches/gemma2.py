@@ -1,8 +1,8 @@
 """Gemma 2: as Llama, with capped scores and sliding windows in the masks of some layers."""
 
-from ..attention_layout import AttentionLayout
-from .families import Family
-from .llama import FOLDS
+from torch_int4.layouts.attention import AttentionLayout
+from torch_int4.layouts.family import Family
+from torch_int4.patches.llama import FOLDS
 
 FAMILY = Family(
     shared_inputs=(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),

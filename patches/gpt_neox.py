@@ -2,10 +2,10 @@
 
 import dataclasses
 
-from ..attention_layout import AttentionLayout
-from ..block_layout import BlockLayout
-from ..folding import ScaleFold
-from .families import Family
+from torch_int4.layouts.attention import AttentionLayout
+from torch_int4.layouts.family import Family
+from torch_int4.layouts.layer import BlockLayout
+from torch_int4.layouts.scales import ScaleFold
 
 SERIAL = BlockLayout(
     ("5ae6fa9dbe03cb0f", "07bca05e110aca0f", None),

@@ -1,9 +1,9 @@
 """GPT-J: attention and MLP of a block get the same input; the rotation interleaves pairs of the first features."""
 
-from ..attention_layout import AttentionLayout
-from ..block_layout import BlockLayout
-from ..folding import ScaleFold
-from .families import Family
+from torch_int4.layouts.attention import AttentionLayout
+from torch_int4.layouts.family import Family
+from torch_int4.layouts.layer import BlockLayout
+from torch_int4.layouts.scales import ScaleFold
 
 FAMILY = Family(
     shared_inputs=(("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.fc_in"),),

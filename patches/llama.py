@@ -1,9 +1,9 @@
 """Llama, Llama-2, Llama-3, and models that say they are of type "llama", such as SmolLM2."""
 
-from ..attention_layout import AttentionLayout
-from ..block_layout import BlockLayout
-from ..folding import ScaleFold
-from .families import Family
+from torch_int4.layouts.attention import AttentionLayout
+from torch_int4.layouts.family import Family
+from torch_int4.layouts.layer import BlockLayout
+from torch_int4.layouts.scales import ScaleFold
 
 FORWARDS = ("1a8125909341e389", "7d2027d4464e3e71", "9635bcd843f309a0")  # decoder layer, MLP, RMSNorm
 

@@ -1,3 +1,3 @@
 """Mistral: as Llama, with a sliding window in its masks."""
 
-from .llama import FAMILY as FAMILY
+from torch_int4.patches.llama import FAMILY as FAMILY

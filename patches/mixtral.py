@@ -2,6 +2,6 @@
 
 import dataclasses
 
-from . import llama
+from torch_int4.patches import llama
 
 FAMILY = dataclasses.replace(llama.FAMILY, blocks=())

@@ -1,3 +1,3 @@
 """Qwen2: as Llama, with biases."""
 
-from .llama import FAMILY as FAMILY
+from torch_int4.patches.llama import FAMILY as FAMILY

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from ..attention_layout import AttentionLayout
-from . import llama
+from torch_int4.layouts.attention import AttentionLayout
+from torch_int4.patches import llama
 
 FAMILY = dataclasses.replace(llama.FAMILY, attention=AttentionLayout(norms=("q_norm", "k_norm")))

@@ -2,6 +2,6 @@
 
 import dataclasses
 
-from . import qwen3
+from torch_int4.patches import qwen3
 
 FAMILY = dataclasses.replace(qwen3.FAMILY, blocks=())

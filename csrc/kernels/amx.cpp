@@ -2,19 +2,19 @@
 // Tiles of 32 inputs serve every group size; the int32 sums of a block leave the tile and are scaled by AVX-512, in the
 // order of all other kernels, so that int8 results are the same bits. Up to 4 rows run on VNNI, where tiles idle.
 
-#include "../attention_kernel.h"
-#include "../kernel.h"
-#include "scalar.h"
-#include "simd.h"
+#include "kernels/attention_kernel.h"
+#include "kernels/kernel.h"
+#include "kernels/scalar.h"
+#include "kernels/simd.h"
 
 #pragma GCC push_options
 TI4_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,amx-tile,amx-int8,amx-bf16")
 
-#include "avx512_vnni_vectors.h"
-#include "loops_attention.h"
-#include "loops_block.h"
-#include "loops_float.h"
-#include "loops_quantize.h"
+#include "kernels/loops/attention.h"
+#include "kernels/loops/block.h"
+#include "kernels/loops/float.h"
+#include "kernels/loops/quantize.h"
+#include "kernels/vectors/avx512_vnni.h"
 
 namespace torch_int4 {
 namespace {

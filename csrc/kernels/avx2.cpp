@@ -2,20 +2,20 @@
 // 2 * 15 * 127 = 3810, so eight of them add up exactly in int16 and one madd serves 32 inputs. Codes of 8 bits are taken
 // less 128, and their signs moved to the activations: a pair is at most 2 * 128 * 127 = 32512.
 
-#include "../attention_kernel.h"
-#include "../kernel.h"
-#include "scalar.h"
-#include "simd.h"
+#include "kernels/attention_kernel.h"
+#include "kernels/kernel.h"
+#include "kernels/scalar.h"
+#include "kernels/simd.h"
 
 #pragma GCC push_options
 TI4_TARGET("avx2,fma,f16c")
 
-#include "avx2_vectors.h"
-#include "loops.h"
-#include "loops_attention.h"
-#include "loops_block.h"
-#include "loops_float.h"
-#include "loops_quantize.h"
+#include "kernels/loops/attention.h"
+#include "kernels/loops/block.h"
+#include "kernels/loops/float.h"
+#include "kernels/loops/linear.h"
+#include "kernels/loops/quantize.h"
+#include "kernels/vectors/avx2.h"
 
 namespace torch_int4 {
 namespace {

@@ -1,19 +1,19 @@
 // AVX-512 F/BW/DQ/VL without VNNI (Skylake-SP and kin): the products of avx2.cpp, one 512-bit vector for 16 rows.
 
-#include "../attention_kernel.h"
-#include "../kernel.h"
-#include "scalar.h"
-#include "simd.h"
+#include "kernels/attention_kernel.h"
+#include "kernels/kernel.h"
+#include "kernels/scalar.h"
+#include "kernels/simd.h"
 
 #pragma GCC push_options
 TI4_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 
-#include "avx512_vectors.h"
-#include "loops.h"
-#include "loops_attention.h"
-#include "loops_block.h"
-#include "loops_float.h"
-#include "loops_quantize.h"
+#include "kernels/loops/attention.h"
+#include "kernels/loops/block.h"
+#include "kernels/loops/float.h"
+#include "kernels/loops/linear.h"
+#include "kernels/loops/quantize.h"
+#include "kernels/vectors/avx512.h"
 
 namespace torch_int4 {
 namespace {

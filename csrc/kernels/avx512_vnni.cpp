@@ -1,18 +1,18 @@
 // AVX-512 VNNI: dpbusd multiplies 4 unsigned codes with 4 signed activations per lane and adds them to int32, exactly.
 
-#include "../attention_kernel.h"
-#include "../kernel.h"
-#include "scalar.h"
-#include "simd.h"
+#include "kernels/attention_kernel.h"
+#include "kernels/kernel.h"
+#include "kernels/scalar.h"
+#include "kernels/simd.h"
 
 #pragma GCC push_options
 TI4_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 
-#include "avx512_vnni_vectors.h"
-#include "loops_attention.h"
-#include "loops_block.h"
-#include "loops_float.h"
-#include "loops_quantize.h"
+#include "kernels/loops/attention.h"
+#include "kernels/loops/block.h"
+#include "kernels/loops/float.h"
+#include "kernels/loops/quantize.h"
+#include "kernels/vectors/avx512_vnni.h"
 
 namespace torch_int4 {
 namespace {

@@ -1,20 +1,20 @@
 // AVX-VNNI (Alder Lake and later without AVX-512): dpbusd on 256-bit vectors.
 
-#include "../attention_kernel.h"
-#include "../kernel.h"
-#include "scalar.h"
-#include "simd.h"
+#include "kernels/attention_kernel.h"
+#include "kernels/kernel.h"
+#include "kernels/scalar.h"
+#include "kernels/simd.h"
 
 #pragma GCC push_options
 TI4_TARGET("avx2,fma,f16c,avxvnni")
 
-#include "avx2_vectors.h"
-#include "dot_nibbles.h"
-#include "loops.h"
-#include "loops_attention.h"
-#include "loops_block.h"
-#include "loops_float.h"
-#include "loops_quantize.h"
+#include "kernels/loops/attention.h"
+#include "kernels/loops/block.h"
+#include "kernels/loops/float.h"
+#include "kernels/loops/linear.h"
+#include "kernels/loops/quantize.h"
+#include "kernels/vectors/avx2.h"
+#include "kernels/vectors/dot_nibbles.h"
 
 namespace torch_int4 {
 namespace {

@@ -1,10 +1,10 @@
 // The scalar kernel: the oracle for every other one, and the fallback for a processor without AVX2.
 #include <math.h>
 
-#include "../kernel.h"
-#include "reference_attention.h"
-#include "reference_block.h"
-#include "scalar.h"
+#include "kernels/kernel.h"
+#include "kernels/reference_attention.h"
+#include "kernels/reference_block.h"
+#include "kernels/scalar.h"
 
 namespace torch_int4 {
 namespace {

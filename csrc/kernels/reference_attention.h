@@ -1,9 +1,9 @@
-// Attention in plain scalar code: the oracle of loops_attention.h. Part of reference.cpp.
+// Attention in plain scalar code: the oracle of loops/attention.h. Part of reference.cpp.
 #pragma once
 #include <math.h>
 
-#include "../attention_kernel.h"
-#include "scalar.h"
+#include "kernels/attention_kernel.h"
+#include "kernels/scalar.h"
 
 namespace torch_int4 {
 namespace {

@@ -1,9 +1,9 @@
-// Norms and gated activations in plain scalar code: the oracle of loops_block.h. Part of reference.cpp.
+// Norms and gated activations in plain scalar code: the oracle of loops/block.h. Part of reference.cpp.
 #pragma once
 #include <math.h>
 
-#include "../attention_kernel.h"
-#include "scalar.h"
+#include "kernels/attention_kernel.h"
+#include "kernels/scalar.h"
 
 namespace torch_int4 {
 namespace {

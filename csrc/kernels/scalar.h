@@ -3,7 +3,7 @@
 #pragma once
 #include <string.h>
 
-#include "../kernel.h"
+#include "kernels/kernel.h"
 
 namespace torch_int4 {
 namespace {

@@ -20,9 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from torch_int4 import Int4Error, ops
-
-from .roofline import Roofline
-from .run import MIN_ROUNDS, Note, machine, rotation
+from torch_int4.evals.bench.roofline import Roofline
+from torch_int4.evals.bench.run import MIN_ROUNDS, Note, machine, rotation
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -7,9 +7,8 @@ from typing import Any
 from rich.table import Table
 
 from torch_int4.evals import output
-
-from .attention import Result, Row
-from .report import machine_lines, roof_lines, roofs, table_by_point
+from torch_int4.evals.bench.attention import Result, Row
+from torch_int4.evals.bench.report import machine_lines, roof_lines, roofs, table_by_point
 
 HEADER = ("point", "who", "cache", "min us", "median", "GB/s", "GOP/s", "x torch", "of read")
 _LEFT = ("point", "who", "cache")

@@ -11,7 +11,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from torch_int4 import Int4Linear, Int4Weight, arena, ops
+from torch_int4 import Int4Linear, Int4Weight, ops
+from torch_int4.weights import arena
 
 
 class Contestant(Protocol):

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from torch_int4 import Int4Error
-
-from . import engines, roofline, run
-from .engines import Spec
-from .shapes import Shape
-from .token_profile import Profile
-from .worker import Loaded, Worker
+from torch_int4.evals.bench import engines, roofline, run
+from torch_int4.evals.bench.engines import Spec
+from torch_int4.evals.bench.shapes import Shape
+from torch_int4.evals.bench.token_profile import Profile
+from torch_int4.evals.bench.worker import Loaded, Worker
 
 SHORT = 32  # tokens before those whose decoding is timed
 PAUSE = 0.1  # seconds in which the threads of who ran before go to sleep

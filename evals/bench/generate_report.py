@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch_int4.evals import output
-
-from .generate import Result, Row
+from torch_int4.evals.bench.generate import Result, Row
 
 HEADER = ("engine", "decode tok/s", "median", "x", "of read", "prefill tok/s", "weights MB", "loaded", "peak", "what")
 OURS = "torch_int4"
@@ -163,7 +162,7 @@ def plot(results: Sequence[Result], path: str | Path) -> None:
     Raises:
         Int4Error: if matplotlib is not installed.
     """
-    from .report import require_matplotlib
+    from torch_int4.evals.bench.report import require_matplotlib
 
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg

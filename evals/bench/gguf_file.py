@@ -9,8 +9,7 @@ from typing import Any
 import numpy
 
 from torch_int4 import Int4Error
-
-from .shapes import Shape
+from torch_int4.evals.bench.shapes import Shape
 
 # model_type: llama.cpp's name of the architecture. What is not here it does not run.
 ARCHITECTURES = {"llama": "llama", "gpt_neox": "gptneox", "falcon": "falcon"}

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy
 
-from .shapes import Shape
+from torch_int4.evals.bench.shapes import Shape
 
 BLOCK = 32
 DATA = "model.onnx.data"

@@ -12,10 +12,9 @@ from torch import nn
 
 import torch_int4
 from torch_int4 import Int4Linear
-
-from .points import WeightPoint
-from .run import random_weight
-from .shapes import Shape, linears
+from torch_int4.evals.bench.points import WeightPoint
+from torch_int4.evals.bench.run import random_weight
+from torch_int4.evals.bench.shapes import Shape, linears
 
 SPREAD = 0.02  # standard deviation of weights
 

@@ -11,12 +11,11 @@ from rich.table import Table
 
 from torch_int4.errors import Int4Error
 from torch_int4.evals import output
-
-from .roofline import ISSUE, Roofline
-from .run import Result, Row
+from torch_int4.evals.bench.roofline import ISSUE, Roofline
+from torch_int4.evals.bench.run import Result, Row
 
 if TYPE_CHECKING:
-    from . import attention
+    from torch_int4.evals.bench import attention
 
 HEADER = (
     "weight",

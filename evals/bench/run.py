@@ -16,11 +16,10 @@ from torch import Tensor
 
 import torch_int4
 from torch_int4 import Int4Error, Int4Weight, ops
-
-from . import peers
-from .contestants import Contestant, Ours, ours
-from .points import Point, WeightPoint, by_weight
-from .roofline import ISSUE, Limit, Roofline
+from torch_int4.evals.bench import peers
+from torch_int4.evals.bench.contestants import Contestant, Ours, ours
+from torch_int4.evals.bench.points import Point, WeightPoint, by_weight
+from torch_int4.evals.bench.roofline import ISSUE, Limit, Roofline
 
 ROTATE = 256 << 20  # bytes that the copies of a weight take at least
 MIN_ROUNDS = 3

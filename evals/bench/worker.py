@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from torch_int4 import Int4Error
-
-from . import engines
-from .engines import Spec
+from torch_int4.evals.bench import engines
+from torch_int4.evals.bench.engines import Spec
 
 
 @dataclass(frozen=True)
@@ -128,13 +127,13 @@ def _status(field: str) -> int:
 
 
 def _profile(engine: Any, tokens: int) -> Any:
-    from . import token_profile
+    from torch_int4.evals.bench import token_profile
 
     return token_profile.measure(engine, tokens)
 
 
 def _speculate(engine: Any, new: int) -> Any:
-    from . import speculation
+    from torch_int4.evals.bench import speculation
 
     return speculation.measure(engine.model, new)
 

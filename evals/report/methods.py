@@ -10,8 +10,7 @@ from typing import Any
 from torch_int4 import recipes
 from torch_int4.config import Int4Config
 from torch_int4.errors import Int4Error
-
-from . import peers
+from torch_int4.evals.report import peers
 
 KINDS = ("float", "int4", "peer")
 

@@ -8,8 +8,8 @@ import html
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .. import output
-from .run import Report, Row
+from torch_int4.evals import output
+from torch_int4.evals.report.run import Report, Row
 
 HEADER = (
     "method",

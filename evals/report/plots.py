@@ -8,8 +8,7 @@ import math
 from typing import Any
 
 from torch_int4.errors import Int4Error
-
-from .run import Report, Row
+from torch_int4.evals.report.run import Report, Row
 
 _MARKERS = {"float": "s", "int4": "o", "peer": "^"}
 

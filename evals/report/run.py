@@ -14,12 +14,11 @@ from typing import Any
 
 import torch_int4
 from torch_int4.errors import Int4Error
-from torch_int4.paired import PairedLoss, perplexity_loss
-
-from .. import models, scores
-from ..scores import Items
-from .measure import Spec
-from .methods import Method
+from torch_int4.evals import models, scores
+from torch_int4.evals.report.measure import Spec
+from torch_int4.evals.report.methods import Method
+from torch_int4.evals.scores import Items
+from torch_int4.tuning.paired import PairedLoss, perplexity_loss
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/attention.h"
-#include "../../csrc/dispatch.h"
-#include "../../csrc/kernels/scalar.h"
+#include "framework/attention.h"
+#include "framework/dispatch.h"
+#include "kernels/scalar.h"
 #include "guarded.h"
 
 using namespace torch_int4;

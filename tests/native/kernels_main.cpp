@@ -11,11 +11,11 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/codebooks.h"
-#include "../../csrc/dispatch.h"
-#include "../../csrc/kernels/scalar.h"
-#include "../../csrc/linear.h"
-#include "../../csrc/pack.h"
+#include "framework/codebooks.h"
+#include "framework/dispatch.h"
+#include "kernels/scalar.h"
+#include "framework/linear.h"
+#include "framework/pack.h"
 #include "guarded.h"
 
 using namespace torch_int4;

@@ -44,9 +44,9 @@ def main(
     from dataclasses import asdict, replace
 
     from torch_int4 import Int4Config
-    from torch_int4.autotune import EVALUATION_LENGTH, autotune, default_candidates
-    from torch_int4.calibration import Calibration
+    from torch_int4.calibration.data import Calibration
     from torch_int4.evals import models, output
+    from torch_int4.tuning.autotune import EVALUATION_LENGTH, autotune, default_candidates
 
     float_model, tokenizer = models.load(model)
     base = Int4Config(symmetric=symmetric, compute=compute, head=head, preset=preset)

@@ -36,7 +36,7 @@ def main(
     """
     import sys
 
-    from torch_int4 import interactive
+    from torch_int4.hf import interactive
 
     options = (group_size, symmetric, compute, head, kv_cache, _model.require_dtype(dtype), threads)
     loaded, tokenizer = _model.Choice(model, *options).load()

@@ -49,7 +49,7 @@ def main(
     """
     from rich.console import Console
 
-    from torch_int4.config_text import parse_config
+    from torch_int4.config.text import parse_config
     from torch_int4.errors import Int4Error
     from torch_int4.evals import accuracy, olmo_data, output
     from torch_int4.evals import tasks as local

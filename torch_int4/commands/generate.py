@@ -42,8 +42,9 @@ def main(
 
     import torch
 
-    from torch_int4 import Int4Error, interactive
+    from torch_int4 import Int4Error
     from torch_int4.evals import models
+    from torch_int4.hf import interactive
 
     options = (group_size, symmetric, compute, head, kv_cache, _model.require_dtype(dtype), threads)
     if prompt_lookup and assistant is not None:

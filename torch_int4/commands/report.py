@@ -45,7 +45,7 @@ def main(
     """
     from rich.console import Console
 
-    from torch_int4.config_text import parse_config
+    from torch_int4.config.text import parse_config
     from torch_int4.evals import olmo_data, output
     from torch_int4.evals import tasks as local
     from torch_int4.evals.report import methods, page, plots

@@ -37,7 +37,8 @@ def main(
 
         curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" -d '{"messages": [{"role": "user", "content": "Hello"}]}'
     """  # noqa: E501
-    from torch_int4 import Int4Config, serving
+    from torch_int4 import Int4Config
+    from torch_int4.hf import serving
 
     serving.require_server()
     choice = _model.Choice(model, group_size, symmetric, compute, head, kv_cache, _model.require_dtype(dtype), threads)

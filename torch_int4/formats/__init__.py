@@ -13,16 +13,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import Int4Error
-from ..weight import Int4Weight
-from ._format import Format, Settings
+from torch_int4.errors import Int4Error
+from torch_int4.formats.parts.format import Format, Settings
+from torch_int4.weights.canonical import Int4Weight
 
 __all__ = ["Format", "Settings", "available", "convert_module", "dense_module", "find", "get", "holds"]
 
 
 def available() -> tuple[str, ...]:
     """The names of all formats, in alphabetical order."""
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")))
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg))
 
 
 @functools.cache

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import Int4Error
-from ..weight import Int4Weight
-from . import _bits, _checks, _gptq_codes
-from ._format import Format, Settings
+from torch_int4.errors import Int4Error
+from torch_int4.formats.parts import bits as _bits
+from torch_int4.formats.parts import checks as _checks
+from torch_int4.formats.parts import gptq_codes as _gptq_codes
+from torch_int4.formats.parts.format import Format, Settings
+from torch_int4.weights.canonical import Int4Weight
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 

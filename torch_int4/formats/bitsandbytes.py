@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import Int4Error
-from ..weight import Int4Weight
-from . import _checks, _flat
-from ._format import Format, Settings
-from ._safetensors import parse_json
+from torch_int4.errors import Int4Error
+from torch_int4.formats.parts import checks as _checks
+from torch_int4.formats.parts import flat as _flat
+from torch_int4.formats.parts.format import Format, Settings
+from torch_int4.formats.parts.safetensors import parse_json
+from torch_int4.weights.canonical import Int4Weight
 
 STATE = "weight.quant_state.bitsandbytes__"
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)

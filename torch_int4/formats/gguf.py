@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import Int4Error
-from ..weight import Int4Weight
-from . import _bits, _checks
-from ._format import Format, Settings
+from torch_int4.errors import Int4Error
+from torch_int4.formats.parts import bits as _bits
+from torch_int4.formats.parts import checks as _checks
+from torch_int4.formats.parts.format import Format, Settings
+from torch_int4.weights.canonical import Int4Weight
 
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 # type: (inputs, bytes) of a block

@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import Int4Error
-from ..weight import Int4Weight
-from . import _checks, _gptq_codes
-from ._format import Format, Settings
+from torch_int4.errors import Int4Error
+from torch_int4.formats.parts import checks as _checks
+from torch_int4.formats.parts import gptq_codes as _gptq_codes
+from torch_int4.formats.parts.format import Format, Settings
+from torch_int4.weights.canonical import Int4Weight
 
 KEYS = ("qweight", "qzeros", "scales", "g_idx")
 OWNERS = ("gptqmodel", "auto_gptq")

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import Int4Error
-from ..weight import Int4Weight
-from . import _checks, _flat
-from ._format import Format, Settings
+from torch_int4.errors import Int4Error
+from torch_int4.formats.parts import checks as _checks
+from torch_int4.formats.parts import flat as _flat
+from torch_int4.formats.parts.format import Format, Settings
+from torch_int4.weights.canonical import Int4Weight
 
 PACKINGS = {4: "4bit_u8", 8: "8bit_u8"}
 

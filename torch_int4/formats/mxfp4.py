@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import Int4Error
-from ..weight import Int4Weight
-from . import _bits, _checks
-from ._format import Format, Settings
+from torch_int4.errors import Int4Error
+from torch_int4.formats.parts import bits as _bits
+from torch_int4.formats.parts import checks as _checks
+from torch_int4.formats.parts.format import Format, Settings
+from torch_int4.weights.canonical import Int4Weight
 
 GROUP = 32
 PACKED = "mxfp4-pack-quantized"

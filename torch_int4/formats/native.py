@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import Int4Error
-from ..weight import CODEBOOKS, SCALE_DTYPES, Int4Weight
-from ._format import Format, Settings
+from torch_int4.errors import Int4Error
+from torch_int4.formats.parts.format import Format, Settings
+from torch_int4.weights.canonical import CODEBOOKS, SCALE_DTYPES, Int4Weight
 
 VERSION = 1
 _PREFIX = "int4_"

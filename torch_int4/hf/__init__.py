@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..config import Int4Config
-from . import _register
-from .load import from_pretrained
+from torch_int4.config import Int4Config
+from torch_int4.hf import _register
+from torch_int4.hf.load import from_pretrained
 
 __all__ = ["from_pretrained", "make_saveable"]
 
 
 def make_saveable(model: nn.Module, config: Int4Config) -> None:
     """Have every model of transformers in `model` save its int4 linears with `save_pretrained`."""
-    from ._saving import make_saveable as make
+    from torch_int4.checkpoint.saving import make_saveable as make
 
     make(model, config)
 

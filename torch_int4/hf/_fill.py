@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import panels, recipes
-from ..config import Int4Config
-from ..errors import Int4Error
-from ..formats import Format, Settings
-from ..linear import Int4Linear
-from ..patches._loading import PendingLinear, all_linears, find_loadable, put_pending, replace
-from ..patches._report import PatchedLinear
-from ..weight import Int4Weight
-from ._keys import Names
-from ._source import Source
+from torch_int4 import recipes
+from torch_int4.config import Int4Config
+from torch_int4.errors import Int4Error
+from torch_int4.formats import Format, Settings
+from torch_int4.hf._keys import Names
+from torch_int4.hf._source import Source
+from torch_int4.nn.linear import Int4Linear
+from torch_int4.patching.loading import PendingLinear, all_linears, find_loadable, put_pending, replace
+from torch_int4.patching.report import PatchedLinear
+from torch_int4.weights import panel_files as panels
+from torch_int4.weights.canonical import Int4Weight
 
 
 @dataclass

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..after_import import after_import
-from ..config import Int4Config
+from torch_int4.config import Int4Config
+from torch_int4.support.after_import import after_import
 
 WATCHED = "transformers.quantizers.auto"
 OTHERS = "compressed-tensors"  # what we save says this, so that stock loaders read it
@@ -22,14 +22,14 @@ class _Int4:
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
-        from ._stored import parse
+        from torch_int4.checkpoint.stored import parse
 
         return parse(config_dict)
 
 
 def _quantizer(quantization_config: Int4Config, **kwargs: Any) -> Any:
     """Stands in transformers' table of quantizers for ours."""
-    from .quantizer import Int4Quantizer
+    from torch_int4.hf.quantizer import Int4Quantizer
 
     return Int4Quantizer(quantization_config, **kwargs)
 

@@ -10,8 +10,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import Int4Error
-from ..formats._safetensors import open_safetensors
+from torch_int4.errors import Int4Error
+from torch_int4.formats.parts.safetensors import open_safetensors
 
 
 class Source:

@@ -7,10 +7,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from ..config import Int4Config
-from ..errors import Int4Error
-from ..patches import PatchReport
-from .load import OF_FETCHING, from_pretrained, load_config, quantization_of
+from torch_int4.config import Int4Config
+from torch_int4.errors import Int4Error
+from torch_int4.hf.load import OF_FETCHING, from_pretrained, load_config, quantization_of
+from torch_int4.patching.report import PatchReport
 
 
 def convert(

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import Int4Config
-from ..errors import Int4Error
-from ..formats._gguf_file import GgufFile, GgufTensor, open_gguf
-from ..formats.gguf import BLOCKS, GgufBlocks
+from torch_int4.config import Int4Config
+from torch_int4.errors import Int4Error
+from torch_int4.formats.gguf import BLOCKS, GgufBlocks
+from torch_int4.formats.parts.gguf_file import GgufFile, GgufTensor, open_gguf
 
 
 def from_gguf(
@@ -34,7 +34,7 @@ def from_gguf(
     Raises:
         Int4Error: naming the tensor of a file that is damaged, or what transformers cannot read.
     """
-    from ..patches import patch
+    from torch_int4.patching.patcher import patch
 
     config = Int4Config.with_overrides(config, **options)
     file = open_gguf(Path(path))
@@ -99,7 +99,7 @@ def _linears(model: nn.Module, config: Int4Config) -> dict[tuple[int, ...], dict
 
 
 def _dense(raw: Tensor, entry: GgufTensor, name: str) -> Tensor:
-    from .. import formats
+    from torch_int4 import formats
 
     settings = formats.Settings(layout=entry.kind)
     rows, inputs = entry.shape

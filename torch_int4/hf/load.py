@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from ..config import OF_RUNNING, Int4Config, is_group_size
-from ..errors import Int4Error
-from ..formats._files import open_checkpoint
+from torch_int4.config import OF_RUNNING, Int4Config, is_group_size
+from torch_int4.errors import Int4Error
+from torch_int4.formats.parts.files import open_checkpoint
 
 OF_FETCHING = ("trust_remote_code", "revision", "subfolder", "token", "cache_dir", "local_files_only", "code_revision")
 
@@ -46,7 +46,7 @@ def from_pretrained(
     from transformers import AutoModelForCausalLM
 
     if os.fspath(name_or_path).endswith(".gguf"):
-        from .gguf import from_gguf
+        from torch_int4.hf.gguf import from_gguf
 
         return from_gguf(name_or_path, config, model_class=model_class, **options)
     names = {field.name for field in fields(Int4Config)}
@@ -94,7 +94,7 @@ def quantization_of(model_config: Any) -> dict[str, Any] | None:
 
 def _adopted(source: Mapping[str, Any], ours: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The `quantization_config` by which our quantizer reads this checkpoint, with the user's wishes in it."""
-    from ._stored import BLOCK, parse, wrap
+    from torch_int4.checkpoint.stored import BLOCK, parse, wrap
 
     wrong = [name for name in ours if name not in OF_RUNNING]
     if wrong:
@@ -108,7 +108,7 @@ def _adopted(source: Mapping[str, Any], ours: Mapping[str, Any], where: str) -> 
 
 def _config_of(source: Mapping[str, Any]) -> Int4Config:
     """What an `Int4Config` can say about the weights of another tool."""
-    from .. import formats
+    from torch_int4 import formats
 
     settings = formats.find(source).settings(source)
     size = settings.group_size if is_group_size(settings.group_size) else Int4Config.group_size

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from transformers.quantizers.base import HfQuantizer
 
-from .. import panels
-from ..config import OF_RUNNING, Int4Config
-from ..errors import Int4Error
-from ..linear import Int4Linear
-from ..patches import PatchReport, patch
-from ..patches._loading import leave_floats, leave_hooked
-from ._fill import Plan, fill, plan_quantization, plan_reading
-from ._keys import Names
-from ._source import Source
-from ._stored import Stored
+from torch_int4.checkpoint.stored import Stored
+from torch_int4.config import OF_RUNNING, Int4Config
+from torch_int4.errors import Int4Error
+from torch_int4.hf._fill import Plan, fill, plan_quantization, plan_reading
+from torch_int4.hf._keys import Names
+from torch_int4.hf._source import Source
+from torch_int4.nn.linear import Int4Linear
+from torch_int4.patching.loading import leave_floats, leave_hooked
+from torch_int4.patching.patcher import patch
+from torch_int4.patching.report import PatchReport
+from torch_int4.weights import panel_files as panels
 
 
 class Int4Quantizer(HfQuantizer):

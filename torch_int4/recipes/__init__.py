@@ -21,10 +21,10 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Int4Error
+from torch_int4.errors import Int4Error
 
 if TYPE_CHECKING:
-    from ..config import Int4Config
+    from torch_int4.config import Int4Config
 
 NONE = "none"
 
@@ -76,7 +76,7 @@ class Recipe:
 
 def available() -> tuple[str, ...]:
     """The names of all stages, in alphabetical order."""
-    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")))
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.ispkg))
 
 
 def get(name: str) -> ModuleType:

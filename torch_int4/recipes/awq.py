@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Int4Config
-from ..folding import Fold
-from . import rtn
-from ._block import Block, Linear
+from torch_int4.config import Int4Config
+from torch_int4.recipes import rtn
+from torch_int4.recipes.parts.block import Block, Linear
+from torch_int4.recipes.parts.folds import Fold
 
 NEEDS_INPUTS = True
 ALONE: tuple[str, str, dict[str, Any]] = ("awq", "rtn", {"clip": True})

@@ -13,12 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..config import Int4Config
-from ..errors import Int4Error
-from ..weight import Int4Weight
-from . import rtn
-from ._block import Inputs
-from ._grid import Grid
+from torch_int4.config import Int4Config
+from torch_int4.errors import Int4Error
+from torch_int4.recipes import rtn
+from torch_int4.recipes.parts.block import Inputs
+from torch_int4.recipes.parts.grid import Grid
+from torch_int4.weights.canonical import Int4Weight
 
 NEEDS_INPUTS = True
 DAMPING = 0.01  # share of the mean of diag(H) that is added to it

@@ -11,13 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..config import Int4Config
-from ..errors import Int4Error
-from ..weight import Int4Weight, group_spans
-from . import rtn
-from ._block import Inputs
-from ._grid import Grid, round_fp16
-from .gptq import grid_of
+from torch_int4.config import Int4Config
+from torch_int4.errors import Int4Error
+from torch_int4.recipes import rtn
+from torch_int4.recipes.gptq import grid_of
+from torch_int4.recipes.parts.block import Inputs
+from torch_int4.recipes.parts.grid import Grid, round_fp16
+from torch_int4.weights.canonical import Int4Weight, group_spans
 
 NORM = 0.7
 BETA, GROWTH = 10.0, 1.01

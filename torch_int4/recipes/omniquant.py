@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Int4Config
-from ..folding import Fold
-from ..weight import Int4Weight
-from . import teq
-from ._block import Block
-from ._train import FakeQuant, Schedule, fake_quants, folded, rounded, train
+from torch_int4.config import Int4Config
+from torch_int4.recipes import teq
+from torch_int4.recipes.parts.block import Block
+from torch_int4.recipes.parts.folds import Fold
+from torch_int4.recipes.parts.train import FakeQuant, Schedule, fake_quants, folded, rounded, train
+from torch_int4.weights.canonical import Int4Weight
 
 FLOAT_TARGETS = True
 LEARNS_SCALES = True  # by itself: rounding a block then folds scales too

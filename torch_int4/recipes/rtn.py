@@ -19,11 +19,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..config import Int4Config
-from ..errors import Int4Error
-from ..weight import Int4Weight, group_spans
-from ._block import Inputs
-from ._grid import Grid, is_fp16
+from torch_int4.config import Int4Config
+from torch_int4.errors import Int4Error
+from torch_int4.recipes.parts.block import Inputs
+from torch_int4.recipes.parts.grid import Grid, is_fp16
+from torch_int4.weights.canonical import Int4Weight, group_spans
 
 CHUNK = 1 << 19  # weights per step: a few temporaries of it stay in the cache of a core
 SAMPLE = 512  # groups that decide whether a weight is searched for an exact grid

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Int4Config
-from ..weight import Int4Weight
-from ._block import Block
-from ._train import Schedule, fake_quants, rounded, train
+from torch_int4.config import Int4Config
+from torch_int4.recipes.parts.block import Block
+from torch_int4.recipes.parts.train import Schedule, fake_quants, rounded, train
+from torch_int4.weights.canonical import Int4Weight
 
 FLOAT_TARGETS = True
 PRESETS = {  # rates of v and of the factors

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from ..config import Int4Config
-from ._block import Block
-from .awq import normalise
+from torch_int4.config import Int4Config
+from torch_int4.recipes.awq import normalise
+from torch_int4.recipes.parts.block import Block
 
 NEEDS_INPUTS = True
 ALONE: tuple[str, str, dict[str, Any]] = ("smooth", "rtn", {})

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import Int4Config
-from ._block import Block
-from ._train import Schedule, fake_quants, folded, rounded, train
+from torch_int4.config import Int4Config
+from torch_int4.recipes.parts.block import Block
+from torch_int4.recipes.parts.train import Schedule, fake_quants, folded, rounded, train
 
 FLOAT_TARGETS = True
 ALONE: tuple[str, str, dict[str, Any]] = ("teq", "rtn", {})

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..shapes import Shape, find
+from torch_int4.evals.bench.shapes import Shape, find
 
 
 @dataclass(frozen=True)

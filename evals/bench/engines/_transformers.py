@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
-from . import Spec, rows
+from torch_int4.evals.bench.engines import Spec, rows
 
 
 class Clock(BaseStreamer):

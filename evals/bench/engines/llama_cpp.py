@@ -11,9 +11,8 @@ from typing import Any
 import numpy
 
 from torch_int4 import Int4Error
-
-from .. import gguf_file
-from . import Spec, not_installed, rows
+from torch_int4.evals.bench import gguf_file
+from torch_int4.evals.bench.engines import Spec, not_installed, rows
 
 BATCH = 512  # tokens of a prompt at once, llama.cpp's own default
 INSTALL = "pip install llama-cpp-python (compiles llama.cpp; CMAKE_ARGS=-DGGML_NATIVE=ON for this processor)"
@@ -44,7 +43,7 @@ class LlamaCpp:
     @staticmethod
     def missing(spec: Spec) -> str | None:
         """The package, or the family in llama.cpp, or the file of real weights."""
-        from .ours import Ours
+        from torch_int4.evals.bench.engines.ours import Ours
 
         if not spec.model.file and gguf_file.architecture(spec.model) is None:
             return f"llama.cpp has no {spec.model.model_type} models"

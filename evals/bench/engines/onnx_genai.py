@@ -6,8 +6,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from .. import onnx_llama
-from . import Spec, not_installed, rows
+from torch_int4.evals.bench import onnx_llama
+from torch_int4.evals.bench.engines import Spec, not_installed, rows
 
 
 class OnnxGenAI:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from .. import gguf_file
-from . import Spec, not_installed
+from torch_int4.evals.bench import gguf_file
+from torch_int4.evals.bench.engines import Spec, not_installed
 
 
 class OpenVino:
@@ -29,7 +29,7 @@ class OpenVino:
     @staticmethod
     def missing(spec: Spec) -> str | None:
         """The package; shapes with random weights, whose files have no vocabulary."""
-        from .ours import Ours
+        from torch_int4.evals.bench.engines.ours import Ours
 
         if not spec.model.file:
             return "OpenVINO GenAI needs a vocabulary in the GGUF file, and files of random weights have none"

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 
 from torch_int4 import ops
-
-from ..shapes import head_shape, linears
-from . import Spec
-from ._transformers import Generating
+from torch_int4.evals.bench.engines import Spec
+from torch_int4.evals.bench.engines._transformers import Generating
+from torch_int4.evals.bench.shapes import head_shape, linears
 
 
 class Ours(Generating):
@@ -45,8 +44,7 @@ class Ours(Generating):
 def build(spec: Spec) -> Any:
     """The patched model of a spec."""
     from torch_int4.evals import models
-
-    from ..random_model import int4
+    from torch_int4.evals.bench.random_model import int4
 
     options = dict(spec.options)
     dtype = getattr(torch, options.pop("dtype"))

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from . import Spec
-from ._transformers import Generating
+from torch_int4.evals.bench.engines import Spec
+from torch_int4.evals.bench.engines._transformers import Generating
 
 
 class Stock(Generating):
@@ -22,7 +22,7 @@ class Stock(Generating):
     @staticmethod
     def missing(spec: Spec) -> str | None:
         """Nothing: transformers is always there. Real weights may be missing."""
-        from .ours import Ours
+        from torch_int4.evals.bench.engines.ours import Ours
 
         return Ours.missing(spec)
 
@@ -61,8 +61,7 @@ class Fp32(Stock):
 def build(spec: Spec, dtype: torch.dtype) -> Any:
     """A float model of the spec's shape, or the one of its file."""
     from torch_int4.evals import models
-
-    from ..random_model import dense
+    from torch_int4.evals.bench.random_model import dense
 
     if spec.model.file:
         return models.load(dtype=dtype)[0]

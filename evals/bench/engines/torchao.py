@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from ..random_model import fill, fill_all
-from ..shapes import linears
-from . import Spec, not_installed
-from ._transformers import Generating
+from torch_int4.evals.bench.engines import Spec, not_installed
+from torch_int4.evals.bench.engines._transformers import Generating
+from torch_int4.evals.bench.random_model import fill, fill_all
+from torch_int4.evals.bench.shapes import linears
 
 GROUP = 32
 MULTIPLE = 64  # rows and columns that the kernel wants
@@ -26,7 +26,7 @@ class TorchAo(Generating):
     @staticmethod
     def missing(spec: Spec) -> str | None:
         """The package, or its config for CPUs, which is a prototype and moves."""
-        from .ours import Ours
+        from torch_int4.evals.bench.engines.ours import Ours
 
         if missing := not_installed("torchao", install="pip install torchao"):
             return missing
@@ -39,7 +39,7 @@ class TorchAo(Generating):
     @staticmethod
     def memory(spec: Spec) -> int:
         """Weights of 5 bits, embedding and head in bf16."""
-        from .ours import Ours
+        from torch_int4.evals.bench.engines.ours import Ours
 
         return Ours.memory(spec)
 

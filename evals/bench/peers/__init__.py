@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch_int4 import Int4Weight
-
-from ..contestants import Contestant
+from torch_int4.evals.bench.contestants import Contestant
 
 
 def builders(weight: Int4Weight, rotate: int) -> dict[str, Callable[[], Contestant]]:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_int4 import Int4Weight
-
-from ..contestants import Contestant, copies_of
+from torch_int4.evals.bench.contestants import Contestant, copies_of
 
 
 class AtenInt4:

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from torch_int4 import Int4Error, Int4Weight
-
-from .. import ggml as binding
-from ..contestants import Contestant, copies_of
-from ..ggml import VARIABLE, library
+from torch_int4.evals.bench import ggml as binding
+from torch_int4.evals.bench.contestants import Contestant, copies_of
+from torch_int4.evals.bench.ggml import VARIABLE, library
 
 BLOCK = 32  # weights of a row that share a scale
 

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torch_int4 import Int4Weight
-
-from ..contestants import Contestant, copies_of
+from torch_int4.evals.bench.contestants import Contestant, copies_of
 
 
 class OnnxRuntime:

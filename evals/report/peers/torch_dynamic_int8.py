@@ -23,7 +23,7 @@ def build(model_dir: str) -> Any:
     from torch import nn
     from torch.ao.quantization import quantize_dynamic
 
-    from ... import models
+    from torch_int4.evals import models
 
     model, _ = models.load(model_dir)
     with warnings.catch_warnings():

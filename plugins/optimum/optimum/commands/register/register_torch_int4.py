@@ -1,5 +1,5 @@
 """Read by ``optimum-cli``: the commands of torch_int4."""
 
-from torch_int4.optimum_cli import TorchInt4Command
+from torch_int4.hf.optimum_cli import TorchInt4Command
 
 REGISTER_COMMANDS = [TorchInt4Command]

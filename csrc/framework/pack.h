@@ -1,0 +1,18 @@
+// Between the canonical form of a weight ([out_features][in_features] codes) and the packed panels of kernel.h.
+#pragma once
+#include "kernels/kernel.h"
+
+namespace torch_int4 {
+
+// Panels [first, last). Rows and inputs beyond the weight become zero codes.
+void pack_codes(const uint8_t* codes, const PackedWeight& shape, int64_t first, int64_t last, uint8_t* packed);
+void unpack_codes(const PackedWeight& w, int64_t first, int64_t last, uint8_t* codes);
+
+// One value per row and group, [out_features][groups] <-> [panels][groups][16]; T is 1, 2 or 4 bytes wide.
+void pack_parameters(const void* values, int bytes, const PackedWeight& shape, void* packed);
+void unpack_parameters(const void* packed, int bytes, const PackedWeight& shape, void* values);
+
+// Output rows [first * 16, last * 16) as floats, w = fma(code - zero, scale, offset); perm scatters the inputs back.
+void dequantize(const PackedWeight& w, int64_t first, int64_t last, const int64_t* perm, DType dtype, void* target);
+
+}  // namespace torch_int4

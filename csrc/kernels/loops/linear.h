@@ -1,0 +1,258 @@
+// The loops that every vector kernel shares, written once over a type V of 16-lane vectors and inner products.
+// Include it inside the file's target region, after every other header; all of it has internal linkage.
+//
+// V supplies: F and I (16 floats, 16 int32) with load/store/arithmetic; dot32<Source, P, M>, the inner products of 32
+// inputs of P panels with M rows; unpack<WeightType> and unpacked_bytes<WeightType> (0: tiles read the packed lines);
+// kTileRows, kDirectRows, kDirectRows8 (of 8-bit codes), kFloatRows (rows of the register tiles);
+// kDirectLimit (more rows than this are tiled);
+// kTurnSums (panels times rows, of two at most, whose lines are read in turns; a divisor or multiple of the streams);
+// kRowStreams (panels, far apart, that one row reads at once); kCentre8 (what dot32 takes from every code of 8 bits);
+// kOneSlab (whether blocks of one slab, as groups of 32 have them, get loops of their own, and twice the limit).
+#pragma once
+#include "kernels/loops/common.h"
+#include "kernels/loops/one_row.h"
+
+namespace torch_int4 {
+namespace {
+
+// The table of a kernel file whose vectors are V, and its registration; the latter stands outside the target region,
+// because it runs on every processor.
+#define TI4_KERNELS(name, rank, V)                                                                                    \
+  {name,          rank,   nullptr, loops_to_float<V>, loops_quantize<V>, loops_linear_int8<V>, loops_linear_float<V>, \
+   TI4_SHARED(V), nullptr}
+// The part of the table that no instruction set has its own version of.
+#define TI4_SHARED(V) \
+  loops_from_float<V>, loops_rotate<V>, loops_attend_few<V>, loops_attend_many<V>, loops_normalize<V>, loops_gate<V>
+#define TI4_REGISTER(condition)                                                                         \
+  namespace torch_int4 {                                                                                \
+  namespace {                                                                                           \
+  bool supported(const CpuFeatures& cpu) { return condition; }                                          \
+  [[maybe_unused]] const bool registered = (kernels.supported = supported, register_kernels(&kernels)); \
+  }                                                                                                     \
+  }
+
+template <class V, WeightType T, Offset O>
+struct Int8Loops : Int8Block<V, T, O> {
+  using Block = Int8Block<V, T, O>;
+  using typename Block::F;
+  using typename Block::Group;
+  using typename Block::I;
+
+  // Panels are read in pieces of 1 KiB and less, too short for the processor to look ahead by itself.
+  static TI4_INLINE void prefetch_slab(const uint8_t* codes) {
+    constexpr int kAhead = 1024;
+    for (int i = 0; i < slab_bytes(T); i += kLineBytes) __builtin_prefetch(codes + kAhead + i);
+  }
+
+  // Keeps gcc from starting with one panel or tile before the sums of another have left the registers.
+  static TI4_INLINE void part() {
+    if constexpr (V::kOneSlab) TI4_BARRIER();
+  }
+
+  // One block of Q panels, of kSlabs slabs or, where that is 0, of `inputs`; their codes are left behind it. Panels that
+  // are read in turns, line by line, share each input's broadcast, keep as many reads under way, and none waits for its
+  // own last sum.
+  template <int M, int kSlabs, int Q>
+  static TI4_INLINE void direct_block(F (&acc)[Q][M], const uint8_t* (&codes)[Q], const PackedWeight& w,
+                                      const QuantizedRows& a, const int8_t* x, int64_t inputs, int64_t i,
+                                      const int64_t (&first)[Q], int64_t parameter) {
+    I dot[Q][M];
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; ++q) {
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) dot[q][m] = Block::start(a, i + m);
+    }
+    for (int64_t k = 0; k < (kSlabs ? kSlabs * kSlab : inputs); k += kSlab, x += a.rows * kSlab) {
+      if constexpr (M > 2) prefetch_slab(codes[0]);  // fewer rows leave the processor time to look ahead by itself
+      V::template dot32<packed_source(T)>(dot, codes, x, w.book);
+#pragma GCC unroll 8
+      for (int q = 0; q < Q; ++q) codes[q] += slab_bytes(T);
+    }
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; ++q) {
+      const Group g = Block::load_group(w, w.scale_type, first[q] + parameter);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) acc[q][m] = Block::finish(acc[q][m], dot[q][m], g, a, i + m);
+    }
+    if constexpr (kSlabs && Q == 1) part();
+  }
+
+  // Few rows: P panels, `apart` panels from each other, straight from packed memory, each byte touched once.
+  template <int M, int P, int kSlabs = 0>
+  static TI4_INLINE void direct_panels(const PackedWeight& w, const QuantizedRows& x_rows, int64_t row, int64_t panel,
+                                       int64_t apart, const Output& out) {
+    const QuantizedRows a = x_rows;  // a copy: no store can change its pointers
+    constexpr int Q = Block::template turns<M, P>();
+    F acc[P / Q][Q][M];
+    const uint8_t* codes[P / Q][Q];
+    int64_t first[P / Q][Q];
+    for (int p = 0; p < P; ++p) {
+      first[p / Q][p % Q] = (panel + p * apart) * w.groups * kPanelRows;
+      codes[p / Q][p % Q] = w.codes + (panel + p * apart) * w.panel_bytes();
+      for (int m = 0; m < M; ++m) acc[p / Q][p % Q][m] = V::zero();
+    }
+    const int8_t* x = a.codes + row * kSlab;
+    const int64_t per_group = w.blocks_per_group();
+    int64_t parameter = 0, in_group = 0;
+    for (int64_t b = 0; b < w.blocks; ++b) {
+      const int64_t inputs = kSlabs ? kSlabs * kSlab : smaller(w.block, w.padded_inputs - b * w.block);
+#pragma GCC unroll 8
+      for (int p = 0; p < P; p += Q) {
+        direct_block<M, kSlabs>(acc[p / Q], codes[p / Q], w, a, x, inputs, b * a.rows + row, first[p / Q], parameter);
+      }
+      x += inputs * a.rows;
+      if (++in_group == per_group) in_group = 0, parameter += kPanelRows;
+    }
+    alignas(64) float c[M * kPanelRows];
+    for (int p = 0; p < P; ++p) {
+      for (int m = 0; m < M; ++m) V::store(c + m * kPanelRows, acc[p / Q][p % Q][m]);
+      store_rows<V>(c, M, row, panel + p * apart, w.out_features, out);
+    }
+  }
+
+  // Out of line, because gcc runs out of registers where loops for several numbers of rows stand in one function.
+  template <int M, int P>
+  static __attribute__((noinline)) void direct_pass(const PackedWeight& w, const QuantizedRows& a, int64_t row,
+                                                    int64_t panel, int64_t apart, const Output& out) {
+    if constexpr (V::kOneSlab) {
+      if (w.block == kSlab) return direct_panels<M, P, 1>(w, a, row, panel, apart, out);
+    }
+    direct_panels<M, P>(w, a, row, panel, apart, out);
+  }
+
+  template <int M, int P>
+  static TI4_INLINE void direct_rows(int64_t rows, const PackedWeight& w, const QuantizedRows& a, int64_t row,
+                                     int64_t panel, int64_t apart, const Output& out) {
+    if constexpr (M > 1) {
+      if (rows < M) return direct_rows<M - 1, P>(rows, w, a, row, panel, apart, out);
+    }
+    direct_pass<M, P>(w, a, row, panel, apart, out);
+  }
+
+  // All rows over P panels, in as few passes as there must be, of as many rows each as can be had: every pass unpacks
+  // the panels again, which the second one finds in the cache. The terms of a row stay together.
+  template <int P>
+  static TI4_INLINE void direct_passes(const PackedWeight& w, const QuantizedRows& a, int64_t panel, int64_t apart,
+                                       const Output& out) {
+    constexpr int M = T == WeightType::kInt4 ? V::kDirectRows : V::kDirectRows8;
+    const int64_t most = M / out.terms, rows = a.rows / out.terms;
+    int64_t passes = (rows + most - 1) / most;
+    for (int64_t row = 0; passes > 0; --passes) {
+      const int64_t pass = (rows - row + passes - 1) / passes;
+      direct_rows<M, P>(pass * out.terms, w, a, row * out.terms, panel, apart, out);
+      row += pass;
+    }
+  }
+
+  // Splits a range of panels into P segments and reads one panel of each at a time: P streams for the prefetchers.
+  template <int P>
+  static void direct(const PackedWeight& w, const QuantizedRows& a, int64_t first, int64_t last, const Output& out) {
+    if (OneRow<V, T, O>::serves(w, a))
+      return OneRow<V, T, O>::template run<P == 1 ? 1 : V::kRowStreams>(w, a, first, last, out);
+    const int64_t segment = (last - first) / P;
+    for (int64_t i = 0; i < segment; ++i) direct_passes<P>(w, a, first + i, segment, out);
+    for (int64_t i = first + P * segment; i < last; ++i) direct_passes<1>(w, a, i, 0, out);
+  }
+
+  // One register tile: M rows x one panel over one block of unpacked weights, of kSlabs slabs or, where that is 0, of
+  // `inputs`; the sums in c are [rows][16] floats.
+  template <int M, int kSlabs = 0>
+  static TI4_INLINE void tile(const uint8_t* weights, int64_t inputs, const QuantizedRows& a, const int8_t* x,
+                              int64_t i, const Group& g, float* c) {
+    I dot[1][M];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) dot[0][m] = Block::start(a, i + m);
+    for (int64_t k = 0; k < (kSlabs ? kSlabs * kSlab : inputs); k += kSlab, x += a.rows * kSlab) {
+      V::template dot32<unpacked_source(T)>(dot, {weights}, x, nullptr);
+      weights += V::template unpacked_bytes<T>() ? V::template unpacked_bytes<T>() : slab_bytes(T);
+    }
+    if constexpr (kSlabs != 0) part();
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      float* sums = c + m * kPanelRows;
+      V::store(sums, Block::finish(V::load(sums), dot[0][m], g, a, i + m));
+    }
+  }
+
+  // The rows that no whole tile takes, in tiles of the powers of two that add up to them.
+  template <int M>
+  static TI4_INLINE void last_tiles(int rows, const uint8_t* weights, int64_t inputs, const QuantizedRows& a,
+                                    const int8_t* x, int64_t i, const Group& g, float* c) {
+    if constexpr (M > 0) {
+      const int done = rows & M;
+      if (done) tile<M>(weights, inputs, a, x, i, g, c);
+      last_tiles<M / 2>(rows, weights, inputs, a, x + done * kSlab, i + done, g, c + done * kPanelRows);
+    }
+  }
+
+  // All rows of a pass over one block.
+  template <int kSlabs>
+  static TI4_INLINE void sweep(int rows, const uint8_t* weights, int64_t inputs, const QuantizedRows& a,
+                               const int8_t* x, int64_t block, const Group& g, float* c) {
+    constexpr int M = V::kTileRows;
+    int i = 0;
+    for (; i + M <= rows; i += M) {
+      tile<M, kSlabs>(weights, inputs, a, x + i * kSlab, block + i, g, c + i * kPanelRows);
+    }
+    last_tiles<largest_power_of_two(M - 1)>(rows - i, weights, inputs, a, x + i * kSlab, block + i, g,
+                                            c + i * kPanelRows);
+  }
+
+  // Many rows: each block of a panel is unpacked to L1 once and all rows of the pass sweep over it.
+  static void tiled(const PackedWeight& w, const QuantizedRows& x_rows, int64_t first, int64_t last,
+                    const Output& out) {
+    const QuantizedRows a = x_rows;  // a copy: no store can change its pointers
+    constexpr int kUnpacked = V::template unpacked_bytes<T>();
+    alignas(64) uint8_t unpacked[kMaxBlock / kSlab * kUnpacked + 1];
+    alignas(64) float c[kRowBlock * kPanelRows];
+    for (int64_t row = 0; row < a.rows; row += kRowBlock) {
+      const int rows = int(smaller(kRowBlock, a.rows - row));
+      for (int64_t panel = first; panel < last; ++panel) {
+        for (int i = 0; i < rows; ++i) V::store(c + i * kPanelRows, V::zero());
+        const uint8_t* codes = w.codes + panel * w.panel_bytes();
+        for (int64_t b = 0; b < w.blocks; ++b) {
+          const int64_t inputs = smaller(w.block, w.padded_inputs - b * w.block);
+          const uint8_t* weights = kUnpacked ? unpacked : codes;
+          for (int64_t k = 0; k < inputs / kSlab; ++k, codes += slab_bytes(T)) {
+            prefetch_slab(codes);
+            if constexpr (kUnpacked != 0) V::template unpack<T>(codes, unpacked + k * kUnpacked, w.book);
+          }
+          const Group g =
+              Block::load_group(w, w.scale_type, (panel * w.groups + b / w.blocks_per_group()) * kPanelRows);
+          const int8_t* x = a.codes + (b * w.block / kSlab * a.rows + row) * kSlab;
+          const int64_t block = b * a.rows + row;
+          if (V::kOneSlab && inputs == kSlab) sweep<1>(rows, weights, inputs, a, x, block, g, c);
+          else sweep<0>(rows, weights, inputs, a, x, block, g, c);
+        }
+        store_rows<V>(c, rows, row, panel, w.out_features, out);
+      }
+    }
+  }
+
+  static void run(const PackedWeight& w, const QuantizedRows& a, int64_t first, int64_t last, int streams,
+                  const Output& out) {
+    const bool one_slab = V::kOneSlab && w.block == kSlab;  // between whose blocks a tile's sums go to memory
+    if (a.rows > V::kDirectLimit * (one_slab ? 2 : 1)) tiled(w, a, first, last, out);
+    else if (streams > 1) direct<kStreams>(w, a, first, last, out);
+    else direct<1>(w, a, first, last, out);
+  }
+};
+
+template <class V, WeightType T>
+void loops_linear_typed(const PackedWeight& w, const QuantizedRows& a, int64_t first, int64_t last, int streams,
+                        const Output& out) {
+  if (w.offset == Offset::kSymmetric) Int8Loops<V, T, Offset::kSymmetric>::run(w, a, first, last, streams, out);
+  else if (w.offset == Offset::kInteger) Int8Loops<V, T, Offset::kInteger>::run(w, a, first, last, streams, out);
+  else Int8Loops<V, T, Offset::kFloat>::run(w, a, first, last, streams, out);
+}
+
+template <class V>
+void loops_linear_int8(const PackedWeight& w, const QuantizedRows& a, int64_t first, int64_t last, int streams,
+                       const Output& out) {
+  if (w.type == WeightType::kInt4) return loops_linear_typed<V, WeightType::kInt4>(w, a, first, last, streams, out);
+  if (w.type == WeightType::kInt8) return loops_linear_typed<V, WeightType::kInt8>(w, a, first, last, streams, out);
+  Int8Loops<V, WeightType::kBook, Offset::kSymmetric>::run(w, a, first, last, streams, out);
+}
+
+}  // namespace
+}  // namespace torch_int4

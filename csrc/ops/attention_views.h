@@ -1,0 +1,32 @@
+// Queries, keys, masks, angles and caches as operators get them: checks of the tensors, and views of their memory.
+#pragma once
+#include "framework/attention.h"
+#include "ops/tensors.h"
+
+namespace torch_int4 {
+
+constexpr int64_t kMaxKeys = int64_t(1) << 24;  // key indices are exact as floats
+
+// A CPU tensor of so many dimensions, the last of stride 1.
+void check_view(const Tensor& t, const char* name, int64_t dims);
+void check_same(const Tensor& t, const char* name, int64_t dim, int64_t expected, const char* what);
+void check_same_type(const Tensor& t, const char* name, const Tensor& other, const char* other_name);
+void check_length(const Tensor& length);
+
+CacheType cache_type(const Tensor& t, const char* name);
+HeadsView view_heads(const Tensor& t, const char* name);
+KeysView view_keys(const Tensor& t, const char* name, const OptionalTensor& scales, const char* scales_name);
+
+// How many of `keys` keys are valid: what the tensor `length` says, or all.
+int64_t valid_keys(const OptionalTensor& length, int64_t keys);
+
+// These fill in their part of `a`, whose batch, tokens, query and length are there already.
+void view_mask(const OptionalTensor& mask, Attention& a);
+void view_slopes(const OptionalTensor& slopes, Attention& a);
+void view_angles(const OptionalTensor& cos, const OptionalTensor& sin, int64_t rotary_dim, RotaryAppend& a);
+
+// A cache that takes keys or values like `source`.
+CacheTarget view_cache(const Tensor& cache, const char* name, const OptionalTensor& scales, const char* scales_name,
+                       const HeadsView& source, const RotaryAppend& a);
+
+}  // namespace torch_int4

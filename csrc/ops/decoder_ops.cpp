@@ -1,0 +1,198 @@
+// Schemas of the operators of a whole decoder layer, and the layers that were prepared. LibTorch stable ABI only.
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+#include <utility>
+
+#include "ops/decoder_views.h"
+
+namespace torch_int4 {
+namespace {
+
+Tensor empty_output(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 3, "torch_int4: x must be [batch, tokens, features], not ", shape_text(x));
+  return torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
+}
+
+Tensor decoder_layer_op(const Tensor& x, std::vector<Tensor> norm_weights, std::vector<OptionalTensor> norm_biases,
+                        std::vector<Tensor> head_norms, std::vector<Tensor> weights, std::vector<Tensor> scales,
+                        std::vector<OptionalTensor> offsets, std::vector<OptionalTensor> biases,
+                        std::vector<OptionalTensor> perms, const OptionalTensor& cos, const OptionalTensor& sin,
+                        const Tensor& key_cache, const Tensor& value_cache, const OptionalTensor& key_scales,
+                        const OptionalTensor& value_scales, const Tensor& length, const OptionalTensor& mask,
+                        std::vector<int64_t> out_features, int64_t group_size, std::string type, std::string compute,
+                        std::string activation, std::string norm, double eps, double norm_offset, int64_t projections,
+                        bool parallel_residual, int64_t rotary_dim, bool interleaved, double scale, double softcap) {
+  check_view(key_cache, "key_cache", 4);
+  check_view(value_cache, "value_cache", 4);
+  PreparedLayer p;
+  p.linears = {std::move(weights), std::move(scales),       std::move(offsets), std::move(biases),
+               std::move(perms),   std::move(out_features), group_size,         std::move(type)};
+  p.norms = {std::move(norm_weights), std::move(norm_biases), std::move(head_norms), std::move(norm), eps, norm_offset};
+  prepare_layer(p, input_features(x), projections, parallel_residual, interleaved, compute, activation,
+                key_cache.size(1), key_cache.size(3), value_cache.size(3));
+  const LayerState state{cos, sin, key_cache, value_cache, key_scales, value_scales, length, mask};
+  const Tensor contiguous = make_contiguous(x);
+  Tensor y = empty_output(x);
+  thread_local LayerView view;
+  view_layer(p, contiguous, state, rotary_dim, scale, softcap, y, view);
+  run_layer(view, state);
+  return y;
+}
+
+// Prepared layers by their numbers, from 1 up.
+class Registry {
+ public:
+  int64_t add(std::shared_ptr<const PreparedLayer> layer) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    layers_[++last_] = std::move(layer);
+    return last_;
+  }
+
+  std::shared_ptr<const PreparedLayer> find(int64_t number) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    const auto found = layers_.find(number);
+    STD_TORCH_CHECK(found != layers_.end(), "torch_int4: there is no prepared layer ", number);
+    return found->second;
+  }
+
+  void remove(int64_t number) {
+    const std::lock_guard<std::mutex> guard(mutex_);
+    layers_.erase(number);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<int64_t, std::shared_ptr<const PreparedLayer>> layers_;
+  int64_t last_ = 0;
+};
+
+Registry& registry() {
+  static Registry* const all = new Registry;  // never destroyed: at exit torch may be gone before its tensors
+  return *all;
+}
+
+int64_t prepare_op(std::vector<Tensor> norm_weights, std::vector<OptionalTensor> norm_biases,
+                   std::vector<Tensor> head_norms, std::vector<Tensor> weights, std::vector<Tensor> scales,
+                   std::vector<OptionalTensor> offsets, std::vector<OptionalTensor> biases,
+                   std::vector<OptionalTensor> perms, std::vector<int64_t> out_features, int64_t group_size,
+                   std::string type, std::string compute, std::string activation, std::string norm, double eps,
+                   double norm_offset, int64_t projections, bool parallel_residual, bool interleaved, int64_t kv_heads,
+                   int64_t head_size, int64_t value_size) {
+  STD_TORCH_CHECK(!norm_weights.empty() && norm_weights[0].dim() == 1, "torch_int4: norm_weights must be [features]");
+  auto p = std::make_shared<PreparedLayer>();
+  p->linears = {std::move(weights), std::move(scales),       std::move(offsets), std::move(biases),
+                std::move(perms),   std::move(out_features), group_size,         std::move(type)};
+  p->norms = {
+      std::move(norm_weights), std::move(norm_biases), std::move(head_norms), std::move(norm), eps, norm_offset};
+  prepare_layer(*p, p->norms.weights[0].size(0), projections, parallel_residual, interleaved, compute, activation,
+                kv_heads, head_size, value_size);
+  return registry().add(std::move(p));
+}
+
+// One of several layers in a call.
+struct LayerCall {
+  std::shared_ptr<const PreparedLayer> layer;
+  std::exception_ptr error;
+};
+
+// What prepared layers are called with, and the call of each of them.
+struct Stack {
+  Tensor x;  // contiguous
+  const std::vector<int64_t>& layers;
+  const OptionalTensor &cos, &sin;
+  const std::vector<Tensor>&key_caches, &value_caches;
+  const std::vector<OptionalTensor>&key_scales, &value_scales;
+  const std::vector<Tensor>& lengths;
+  const OptionalTensor& mask;
+  int64_t rotary_dim;
+  double scale, softcap;
+  Tensor outputs[2];  // which take turns
+  LayerView* views;
+  LayerCall* calls;
+
+  LayerState state(size_t i) const {
+    return {cos, sin, key_caches[i], value_caches[i], key_scales[i], value_scales[i], lengths[i], mask};
+  }
+};
+
+void view_layers(void* context, int64_t begin, int64_t end) {
+  Stack& s = *static_cast<Stack*>(context);
+  for (auto i = size_t(begin); i < size_t(end); ++i) {
+    try {
+      s.calls[i].layer = registry().find(s.layers[i]);
+      view_layer(*s.calls[i].layer, i ? s.outputs[(i - 1) % 2] : s.x, s.state(i), s.rotary_dim, s.scale, s.softcap,
+                 s.outputs[i % 2], s.views[i]);
+    } catch (...) {
+      s.calls[i].error = std::current_exception();
+    }
+  }
+}
+
+// One prepared layer after the other, each on what the one before gave, with caches of their own. All are viewed before
+// the first one runs: nothing has changed if an argument is wrong, and threads share what is mostly waiting for memory,
+// as the weights of a token push the tensors that describe them out of the caches.
+Tensor prepared_op(const Tensor& x, std::vector<int64_t> layers, const OptionalTensor& cos, const OptionalTensor& sin,
+                   std::vector<Tensor> key_caches, std::vector<Tensor> value_caches,
+                   std::vector<OptionalTensor> key_scales, std::vector<OptionalTensor> value_scales,
+                   std::vector<Tensor> lengths, const OptionalTensor& mask, int64_t rotary_dim, double scale,
+                   double softcap) {
+  constexpr int64_t kThreadLayers = 2;  // worth a thread
+  const size_t count = layers.size();
+  STD_TORCH_CHECK(count > 0 && key_caches.size() == count && value_caches.size() == count &&
+                      key_scales.size() == count && value_scales.size() == count && lengths.size() == count,
+                  "torch_int4: layers, key_caches, value_caches, key_scales, value_scales and lengths must be lists of "
+                  "one length, and not empty");
+  thread_local std::vector<LayerView> views;
+  if (views.size() < count) views.resize(count);
+  std::vector<LayerCall> calls(count);
+  Stack stack{
+      make_contiguous(x), layers,      cos,  sin,        key_caches, value_caches, key_scales,
+      value_scales,       lengths,     mask, rotary_dim, scale,      softcap,      {empty_output(x), empty_output(x)},
+      views.data(),       calls.data()};
+  parallel(int64_t(count), kThreadLayers, view_layers, &stack);
+  for (const LayerCall& call : calls) {
+    if (call.error) std::rethrow_exception(call.error);
+  }
+  for (size_t i = 0; i < count; ++i) run_layer(views[i], stack.state(i));
+  return stack.outputs[(count - 1) % 2];
+}
+
+void release_op(int64_t layer) { registry().remove(layer); }
+
+STABLE_TORCH_LIBRARY_FRAGMENT(torch_int4, m) {
+  m.def(
+      "decoder_layer(Tensor x, Tensor[] norm_weights, Tensor?[] norm_biases, Tensor[] head_norms, Tensor[] weights, "
+      "Tensor[] scales, "
+      "Tensor?[] offsets, Tensor?[] biases, Tensor?[] perms, Tensor? cos, Tensor? sin, Tensor(a!) key_cache, "
+      "Tensor(b!) value_cache, Tensor(c!)? key_scales, Tensor(d!)? value_scales, Tensor(e!) length, "
+      "Tensor? mask=None, *, int[] out_features, int group_size, str weight_type=\"int4\", str compute=\"int8\", "
+      "str activation=\"silu\", str norm=\"rms\", float eps=1e-6, float norm_offset=0., int projections=3, "
+      "bool parallel_residual=False, int rotary_dim=0, bool interleaved=False, float scale, float softcap=0.) "
+      "-> Tensor");
+  m.def(
+      "prepare_decoder_layer(Tensor[] norm_weights, Tensor?[] norm_biases, Tensor[] head_norms, Tensor[] weights, "
+      "Tensor[] scales, Tensor?[] offsets, Tensor?[] biases, Tensor?[] perms, *, int[] out_features, int group_size, "
+      "str weight_type=\"int4\", str compute=\"int8\", str activation=\"silu\", str norm=\"rms\", float eps=1e-6, "
+      "float norm_offset=0., int projections=3, bool parallel_residual=False, bool interleaved=False, int kv_heads, "
+      "int head_size, int value_size) -> int");
+  m.def(
+      "prepared_decoder_layers(Tensor x, int[] layers, Tensor? cos, Tensor? sin, Tensor(a!)[] key_caches, "
+      "Tensor(b!)[] value_caches, Tensor?[] key_scales, Tensor?[] value_scales, Tensor(c!)[] lengths, Tensor? mask, "
+      "int rotary_dim, float scale, float softcap) -> Tensor");
+  m.def("release_decoder_layer(int layer) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(torch_int4, CPU, m) {
+  m.impl("decoder_layer", TORCH_BOX(&decoder_layer_op));
+  m.impl("prepare_decoder_layer", TORCH_BOX(&prepare_op));
+  m.impl("prepared_decoder_layers", TORCH_BOX(&prepared_op));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(torch_int4, CompositeExplicitAutograd, m) {
+  m.impl("release_decoder_layer", TORCH_BOX(&release_op));
+}
+
+}  // namespace
+}  // namespace torch_int4

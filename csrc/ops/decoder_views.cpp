@@ -1,0 +1,155 @@
+#include "ops/decoder_views.h"
+
+namespace torch_int4 {
+namespace {
+
+void check_counts(const Linears& given, int64_t projections) {
+  const size_t count = given.weights.size(), others = size_t(projections) + 1;
+  STD_TORCH_CHECK(projections == 1 || projections == 3,
+                  "torch_int4: projections must be 1 (query, key and value in "
+                  "one) or 3, not ",
+                  projections);
+  STD_TORCH_CHECK(count == others + 2 || count == others + 3, "torch_int4: a layer with ", projections,
+                  " projections has ", others + 2, " linears, or ", others + 3, " with a gate; weights has ", count);
+  STD_TORCH_CHECK(given.scales.size() == count && given.offsets.size() == count && given.biases.size() == count &&
+                      given.perms.size() == count && given.out_features.size() == count,
+                  "torch_int4: weights, scales, offsets, biases, perms and out_features must be lists of one length");
+}
+
+void check_features(int64_t got, int64_t expected, const char* linear, const char* what) {
+  STD_TORCH_CHECK(got == expected, "torch_int4: the ", linear, " has ", got, " out_features but ", what, " needs ",
+                  expected);
+}
+
+// Heads by the sizes of the caches, and that the projections give as many.
+void view_heads_of_caches(int64_t kv_heads, int64_t dim, int64_t value_dim, const Linears& given, DecoderLayer& l) {
+  STD_TORCH_CHECK(kv_heads > 0 && dim > 0 && value_dim > 0, "torch_int4: key_cache and value_cache must not be empty");
+  RotaryAppend& r = l.rotary;
+  r.key.heads = r.value.heads = kv_heads;
+  r.query.dim = r.key.dim = dim;
+  r.value.dim = value_dim;
+  const auto& features = given.out_features;
+  if (l.projections == 1) {
+    STD_TORCH_CHECK(dim == value_dim, "torch_int4: keys and values of one projection must have one head size");
+    r.query.heads = features[0] / dim - 2 * kv_heads;
+    check_features(features[0], (r.query.heads + 2 * kv_heads) * dim, "projection", "a whole number of heads");
+  } else {
+    r.query.heads = features[0] / dim;
+    check_features(features[0], r.query.heads * dim, "query projection", "a whole number of heads");
+    check_features(features[1], kv_heads * dim, "key projection", "the key_cache");
+    check_features(features[2], kv_heads * value_dim, "value projection", "the value_cache");
+  }
+  STD_TORCH_CHECK(r.query.heads > 0 && r.query.heads % kv_heads == 0, "torch_int4: there are ", r.query.heads,
+                  " query heads, which is not a multiple of the ", kv_heads, " heads of key_cache");
+}
+
+void view_linears(const Linears& given, int64_t features, DecoderLayer& l) {
+  const int output = l.projections, count = int(given.weights.size()), down = count - 1;
+  l.gated = count == output + 4;
+  for (int i = 0; i < count; ++i) {
+    const int64_t inputs = i == output ? l.rotary.query.heads * l.rotary.value.dim
+                           : i == down ? given.out_features[size_t(down) - 1]
+                                       : features;
+    const auto n = size_t(i);
+    l.weights[i] = view_weight(given.weights[n], given.scales[n], given.offsets[n], given.out_features[n], inputs,
+                               given.group_size, given.type);
+    l.perms[i] = check_perm(given.perms[n], inputs);
+  }
+  check_features(l.weights[output].out_features, features, "output projection", "the residual");
+  check_features(l.weights[down].out_features, features, "down projection", "the residual");
+  if (l.gated) check_features(l.weights[down - 2].out_features, l.weights[down - 1].out_features, "gate", "up");
+}
+
+void view_caches(const Tensor& key_cache, const Tensor& value_cache, const OptionalTensor& key_scales,
+                 const OptionalTensor& value_scales, const Tensor& length, DecoderLayer& l) {
+  RotaryAppend& r = l.rotary;
+  r.type = l.attention.type = cache_type(key_cache, "key_cache");
+  check_same_type(value_cache, "value_cache", key_cache, "key_cache");
+  r.key_cache = view_cache(key_cache, "key_cache", key_scales, "key_scales", r.key, r);
+  r.value_cache = view_cache(value_cache, "value_cache", value_scales, "value_scales", r.value, r);
+  r.capacity = key_cache.size(2);
+  check_same(value_cache, "value_cache", 2, r.capacity, "the capacity of key_cache");
+  STD_TORCH_CHECK(r.capacity <= kMaxKeys, "torch_int4: key_cache holds more than ", kMaxKeys, " tokens");
+  check_length(length);
+  r.length = *static_cast<const int64_t*>(length.const_data_ptr());
+  STD_TORCH_CHECK(r.length >= 0 && r.length + r.tokens <= r.capacity, "torch_int4: the cache holds ", r.length, " of ",
+                  r.capacity, " tokens (its capacity); ", r.tokens, " more do not fit. Use a larger cache");
+  l.attention.keys = view_keys(key_cache, "key_cache", key_scales, "key_scales");
+  l.attention.values = view_keys(value_cache, "value_cache", value_scales, "value_scales");
+  l.attention.kv_heads = r.key.heads;
+  l.attention.length = r.length + r.tokens;
+}
+
+void view_memory(const Linears& given, DecoderLayer& l, std::vector<float>* converted) {
+  for (size_t i = 0; i < given.weights.size(); ++i) {
+    PackedWeight& w = l.weights[i];
+    w.codes = static_cast<const uint8_t*>(given.weights[i].const_data_ptr());
+    w.scales = given.scales[i].const_data_ptr();
+    w.offsets = given.offsets[i] ? given.offsets[i]->const_data_ptr() : nullptr;
+    l.perms[i] = given.perms[i] ? static_cast<const int64_t*>(given.perms[i]->const_data_ptr()) : nullptr;
+    l.biases[i] = bias_floats(given.biases[i], w.out_features, converted[i]);
+  }
+}
+
+}  // namespace
+
+void prepare_layer(PreparedLayer& p, int64_t features, int64_t projections, bool parallel_residual, bool interleaved,
+                   const std::string& compute, const std::string& activation, int64_t kv_heads, int64_t head_size,
+                   int64_t value_size) {
+  check_counts(p.linears, projections);
+  const Norms& norms = p.norms;
+  STD_TORCH_CHECK(norms.biases.size() == norms.weights.size() &&
+                      (norms.weights.size() == 2 || (norms.weights.size() == 1 && parallel_residual)),
+                  "torch_int4: norm_weights and norm_biases must be lists of two, or of one with parallel_residual");
+  STD_TORCH_CHECK(norms.heads.empty() || norms.heads.size() == 2,
+                  "torch_int4: head_norms must be empty, or a list of two weights: for queries and for keys");
+  DecoderLayer& l = p.layer;
+  l.projections = int(projections);
+  l.parallel = parallel_residual;
+  view_heads_of_caches(kv_heads, head_size, value_size, p.linears, l);
+  view_linears(p.linears, features, l);
+  l.compute = compute_type(compute);
+  l.activation = activation_type(activation);
+  l.rotary.interleaved = interleaved;
+}
+
+void view_layer(const PreparedLayer& p, const Tensor& x, const LayerState& state, int64_t rotary_dim, double scale,
+                double softcap, Tensor& y, LayerView& view) {
+  DecoderLayer& l = view.layer = p.layer;
+  l.rotary.batch = l.attention.batch = x.size(0);
+  l.rotary.tokens = l.attention.tokens = x.size(1);
+  const int64_t features = l.weights[0].in_features;
+  STD_TORCH_CHECK(input_features(x) == features, "torch_int4: x has shape ", shape_text(x), " but the layer takes ",
+                  features, " features");
+  l.x = view_input(x, features, std::nullopt);
+  view_memory(p.linears, l, view.converted);
+  l.x.perm = l.perms[0];
+  const Norms& given = p.norms;
+  NormView* norms = view.norms;
+  for (size_t i = 0; i < given.weights.size(); ++i) {
+    view_norm(x, features, given.weights[i], given.biases[i], given.kind, given.eps, given.offset, norms[i]);
+  }
+  for (size_t i = 0; i < given.heads.size(); ++i) {
+    view_norm(x, l.rotary.query.dim, given.heads[i], std::nullopt, given.kind, given.eps, given.offset, norms[2 + i]);
+    (i == 0 ? l.rotary.query_norm : l.rotary.key_norm) = &norms[2 + i].norm;
+  }
+  l.x.norm = &norms[0].norm;
+  l.mlp_norm = &norms[given.weights.size() - 1].norm;
+  view_angles(state.cos, state.sin, rotary_dim, l.rotary);
+  view_caches(state.key_cache, state.value_cache, state.key_scales, state.value_scales, state.length, l);
+  l.attention.query.heads = l.rotary.query.heads;
+  view_mask(state.mask, l.attention);
+  STD_TORCH_CHECK(softcap >= 0, "torch_int4: softcap must not be negative (0: none), not ", softcap);
+  l.attention.scale = float(scale);
+  l.attention.softcap = float(softcap);
+  l.attention.causal = !state.mask;
+  l.output = y.mutable_data_ptr();
+}
+
+void run_layer(LayerView& view, const LayerState& state) {
+  DecoderLayer& l = view.layer;
+  if (l.x.rows) decoder_layer(l, parallel);
+  *static_cast<int64_t*>(state.length.mutable_data_ptr()) += l.rotary.tokens;
+}
+
+}  // namespace torch_int4

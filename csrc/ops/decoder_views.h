@@ -1,0 +1,65 @@
+// A decoder layer as operators get it: every check of its arguments, in two parts. LibTorch stable ABI only.
+#pragma once
+#include "framework/decoder.h"
+#include "ops/attention_views.h"
+#include "ops/norms.h"
+
+namespace torch_int4 {
+
+// The linears of a layer as they are given, lists of one length.
+struct Linears {
+  std::vector<Tensor> weights, scales;
+  std::vector<OptionalTensor> offsets, biases, perms;
+  std::vector<int64_t> out_features;
+  int64_t group_size;
+  std::string type;
+};
+
+struct Norms {
+  std::vector<Tensor> weights;
+  std::vector<OptionalTensor> biases;
+  std::vector<Tensor> heads;
+  std::string kind;
+  double eps, offset;
+};
+
+// What stays the same from call to call, checked, with the tensors that it views. Norms and biases are viewed at each
+// call: they may have to be converted, and may have been written to. So is the place of the others' memory, which
+// share_memory_() changes.
+struct PreparedLayer {
+  DecoderLayer layer{};
+  Linears linears;
+  Norms norms;
+};
+
+// What a call brings besides x.
+struct LayerState {
+  const OptionalTensor &cos, &sin;
+  const Tensor &key_cache, &value_cache;
+  const OptionalTensor &key_scales, &value_scales;
+  const Tensor& length;
+  const OptionalTensor& mask;
+};
+
+// Fills in the layer, all that does not depend on x and the caches but for `features`, the last size of x.
+void prepare_layer(PreparedLayer& p, int64_t features, int64_t projections, bool parallel_residual, bool interleaved,
+                   const std::string& compute, const std::string& activation, int64_t kv_heads, int64_t head_size,
+                   int64_t value_size);
+
+// A prepared layer as one call runs it.
+struct LayerView {
+  DecoderLayer layer;
+  NormView norms[4];  // as `converted`, kept from call to call
+  std::vector<float> converted[kMaxLinears];
+};
+
+// Checks everything that a call brings, for y = layer(x), both [batch, tokens, features] and contiguous, in memory of
+// their own. The view holds none of it: all of it must live until the layer ran. It must not be called for one view
+// from two threads at once, nor for one length twice before it ran.
+void view_layer(const PreparedLayer& p, const Tensor& x, const LayerState& state, int64_t rotary_dim, double scale,
+                double softcap, Tensor& y, LayerView& view);
+
+// Runs what was viewed, and adds its tokens to the length.
+void run_layer(LayerView& view, const LayerState& state);
+
+}  // namespace torch_int4

@@ -1,0 +1,173 @@
+// Schemas of torch.ops.torch_int4 and every check of their arguments. LibTorch stable ABI only.
+#include <string.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "framework/codebooks.h"
+#include "framework/dispatch.h"
+#include "framework/linear.h"
+#include "framework/memory.h"
+#include "framework/pack.h"
+#include "ops/weights.h"
+
+namespace torch_int4 {
+namespace {
+
+using Packed = std::tuple<Tensor, Tensor, Tensor>;
+
+Packed pack(const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros, const OptionalTensor& offsets,
+            int64_t group_size, std::string type) {
+  STD_TORCH_CHECK(codes.dim() == 2, "torch_int4: codes must be [out_features, in_features]");
+  STD_TORCH_CHECK(!(zeros && offsets), "torch_int4: give zeros or offsets, not both");
+  PackedWeight shape = make_shape(codes.size(0), codes.size(1), group_size, type);
+  check_tensor(codes, "codes", ScalarType::Byte, "uint8", {shape.out_features, shape.in_features});
+  const std::vector<int64_t> per_group{shape.out_features, shape.groups};
+  shape.scale_type = scale_type(scales);
+  shape.offset = zeros ? Offset::kInteger : offsets ? Offset::kFloat : Offset::kSymmetric;
+  check_offset(shape);
+  check_tensor(scales, "scales", scales.scalar_type(), "float16, float32 or uint8", per_group);
+  if (zeros) check_tensor(*zeros, "zeros", ScalarType::Byte, "uint8", per_group);
+  if (offsets) check_tensor(*offsets, "offsets", scales.scalar_type(), "of the type of the scales", per_group);
+  const auto* data = static_cast<const uint8_t*>(codes.const_data_ptr());
+  if (shape.type != WeightType::kInt8) {
+    uint8_t seen = 0;
+    for (int64_t i = 0; i < shape.out_features * shape.in_features; ++i) seen |= data[i];
+    STD_TORCH_CHECK(seen < 16, "torch_int4: codes of a 4-bit weight must be from 0 to 15");
+  }
+
+  Tensor weight = torch::stable::new_empty(codes, {shape.panels(), shape.panel_bytes() / kLineBytes, kLineBytes});
+  auto* packed = static_cast<uint8_t*>(weight.mutable_data_ptr());
+  advise_huge_pages(packed, size_t(shape.panels() * shape.panel_bytes()));
+  // The same split over threads as in linear(): each page is first touched by the thread that will read it.
+  torch::stable::parallel_for(0, shape.panels(), 1,
+                              [&](int64_t begin, int64_t end) { pack_codes(data, shape, begin, end, packed); });
+  const std::vector<int64_t> streams{shape.panels(), shape.groups, kPanelRows};
+  const auto pack_stream = [&](const Tensor& values) {
+    Tensor stream = torch::stable::new_empty(values, streams);
+    pack_parameters(values.const_data_ptr(), int(values.element_size()), shape, stream.mutable_data_ptr());
+    return stream;
+  };
+  Tensor packed_offsets = zeros     ? pack_stream(*zeros)
+                          : offsets ? pack_stream(*offsets)
+                                    : torch::stable::new_empty(scales, {0});
+  return {weight, pack_stream(scales), packed_offsets};
+}
+
+Packed unpack(const Tensor& weight, const Tensor& scales, const OptionalTensor& offsets, int64_t out_features,
+              int64_t in_features, int64_t group_size, std::string type) {
+  const PackedWeight w = view_weight(weight, scales, offsets, out_features, in_features, group_size, type);
+  Tensor codes = torch::stable::new_empty(weight, {out_features, in_features});
+  auto* target = static_cast<uint8_t*>(codes.mutable_data_ptr());
+  torch::stable::parallel_for(0, w.panels(), 4,
+                              [&](int64_t begin, int64_t end) { unpack_codes(w, begin, end, target); });
+  const auto unpack_stream = [&](const Tensor& stream) {
+    Tensor values = torch::stable::new_empty(stream, {out_features, w.groups});
+    unpack_parameters(stream.const_data_ptr(), int(stream.element_size()), w, values.mutable_data_ptr());
+    return values;
+  };
+  return {codes, unpack_stream(scales), offsets ? unpack_stream(*offsets) : torch::stable::new_empty(scales, {0})};
+}
+
+Tensor dequantize_op(const Tensor& weight, const Tensor& scales, const OptionalTensor& offsets,
+                     const OptionalTensor& perm, int64_t out_features, int64_t in_features, int64_t group_size,
+                     std::string type, ScalarType dtype) {
+  const PackedWeight w = view_weight(weight, scales, offsets, out_features, in_features, group_size, type);
+  const int64_t* order = check_perm(perm, in_features);
+  const DType target_type = float_type(dtype, "dtype");
+  Tensor target = torch::stable::new_empty(weight, {out_features, in_features}, dtype);
+  void* data = target.mutable_data_ptr();
+  torch::stable::parallel_for(0, w.panels(), 4,
+                              [&](int64_t begin, int64_t end) { dequantize(w, begin, end, order, target_type, data); });
+  return target;
+}
+
+Tensor int4_linear(const Tensor& x, const Tensor& weight, const Tensor& scales, const OptionalTensor& offsets,
+                   const OptionalTensor& bias, const OptionalTensor& perm, int64_t out_features, int64_t group_size,
+                   std::string type, std::string compute, std::optional<ScalarType> out_dtype) {
+  const PackedWeight w = view_weight(weight, scales, offsets, out_features, input_features(x), group_size, type);
+  return apply(x, {w}, {bias}, perm, compute, out_dtype)[0];
+}
+
+std::vector<Tensor> int4_linears(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> scales,
+                                 std::vector<OptionalTensor> offsets, std::vector<OptionalTensor> biases,
+                                 const OptionalTensor& perm, std::vector<int64_t> out_features, int64_t group_size,
+                                 std::string type, std::string compute, std::optional<ScalarType> out_dtype) {
+  const std::vector<PackedWeight> views =
+      view_weights(weights, scales, offsets, biases, out_features, input_features(x), group_size, type);
+  return apply(x, views, biases, perm, compute, out_dtype);
+}
+
+Tensor codebook(std::string name) {
+  const Codebook* book = find_codebook(name.c_str());
+  STD_TORCH_CHECK(book, "torch_int4: there is no code book '", name, "'");
+  Tensor values = torch::stable::empty({16}, ScalarType::Float);
+  memcpy(values.mutable_data_ptr(), book->values, sizeof book->values);
+  return values;
+}
+
+std::string isa() { return active_kernels().name; }
+
+// Memory whose contents are lost.
+void advise_op(Tensor memory) {
+  check_tensor(memory, "memory", ScalarType::Byte, "uint8", {memory.numel()});
+  advise_huge_pages(memory.mutable_data_ptr(), size_t(memory.numel()));
+}
+
+void set_isa(std::string name) { select_kernels(name); }
+
+std::string isas(bool only_supported) {
+  std::string text;
+  for (const auto& name : kernel_names(only_supported)) text += (text.empty() ? "" : ",") + name;
+  return text;
+}
+
+STABLE_TORCH_LIBRARY(torch_int4, m) {
+  m.def(
+      "pack(Tensor codes, Tensor scales, Tensor? zeros=None, Tensor? offsets=None, *, int group_size, "
+      "str weight_type=\"int4\") -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "unpack(Tensor weight, Tensor scales, Tensor? offsets, *, int out_features, int in_features, int group_size, "
+      "str weight_type=\"int4\") -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "dequantize(Tensor weight, Tensor scales, Tensor? offsets, Tensor? perm, *, int out_features, int in_features, "
+      "int group_size, str weight_type=\"int4\", ScalarType dtype=float) -> Tensor");
+  m.def(
+      "int4_linear(Tensor x, Tensor weight, Tensor scales, Tensor? offsets=None, Tensor? bias=None, "
+      "Tensor? perm=None, *, int out_features, int group_size, str weight_type=\"int4\", str compute=\"int8\", "
+      "ScalarType? out_dtype=None) -> Tensor");
+  m.def(
+      "int4_linears(Tensor x, Tensor[] weights, Tensor[] scales, Tensor?[] offsets, Tensor?[] biases, "
+      "Tensor? perm=None, *, int[] out_features, int group_size, str weight_type=\"int4\", str compute=\"int8\", "
+      "ScalarType? out_dtype=None) -> Tensor[]");
+  m.def("codebook(str name) -> Tensor");
+  m.def("advise_huge_pages(Tensor(a!) memory) -> ()");
+  m.def("isa() -> str");
+  m.def("set_isa(str name) -> ()");
+  m.def("isas(bool only_supported) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(torch_int4, CPU, m) {
+  m.impl("pack", TORCH_BOX(&pack));
+  m.impl("unpack", TORCH_BOX(&unpack));
+  m.impl("dequantize", TORCH_BOX(&dequantize_op));
+  m.impl("int4_linear", TORCH_BOX(&int4_linear));
+  m.impl("int4_linears", TORCH_BOX(&int4_linears));
+  m.impl("advise_huge_pages", TORCH_BOX(&advise_op));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(torch_int4, CompositeExplicitAutograd, m) {
+  m.impl("codebook", TORCH_BOX(&codebook));
+  m.impl("isa", TORCH_BOX(&isa));
+  m.impl("set_isa", TORCH_BOX(&set_isa));
+  m.impl("isas", TORCH_BOX(&isas));
+}
+
+}  // namespace
+}  // namespace torch_int4

@@ -1,0 +1,34 @@
+#include "ops/norms.h"
+
+namespace torch_int4 {
+
+Activation activation_type(const std::string& name) {
+  if (name == "silu") return Activation::kSilu;
+  if (name == "gelu") return Activation::kGelu;
+  STD_TORCH_CHECK(name == "gelu_tanh", "torch_int4: activation must be 'silu', 'gelu' or 'gelu_tanh', not '", name,
+                  "'");
+  return Activation::kGeluTanh;
+}
+
+static const float* parameter_floats(const Tensor& t, const char* name, const Tensor& x, int64_t count,
+                                     std::vector<float>& converted) {
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), "torch_int4: ", name, " and x must have one dtype");
+  check_tensor(t, name, t.scalar_type(), "floating point", {count});
+  return floats_of(t, name, converted);
+}
+
+void view_norm(const Tensor& x, int64_t count, const Tensor& weight, const OptionalTensor& bias,
+               const std::string& kind, double eps, double offset, NormView& view) {
+  STD_TORCH_CHECK(kind == "rms" || kind == "layer", "torch_int4: norm must be 'rms' or 'layer', not '", kind, "'");
+  STD_TORCH_CHECK(eps >= 0, "torch_int4: eps must not be negative, not ", eps);
+  view.norm.kind = kind == "rms" ? Norm::kRms : Norm::kLayer;
+  STD_TORCH_CHECK(!bias || view.norm.kind == Norm::kLayer, "torch_int4: only norm='layer' has a norm_bias");
+  STD_TORCH_CHECK(offset == 0 || view.norm.kind == Norm::kRms, "torch_int4: only norm='rms' has a norm_offset");
+  view.norm.dtype = float_type(x.scalar_type(), "x");
+  view.norm.eps = float(eps);
+  view.norm.offset = float(offset);
+  view.norm.weight = parameter_floats(weight, "norm_weight", x, count, view.weight);
+  view.norm.bias = bias ? parameter_floats(*bias, "norm_bias", x, count, view.bias) : nullptr;
+}
+
+}  // namespace torch_int4

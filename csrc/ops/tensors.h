@@ -1,0 +1,49 @@
+// What every file of operators needs: threads for the framework, and checks of tensors.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "framework/linear.h"
+
+namespace torch_int4 {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline void parallel(int64_t count, int64_t grain, ParallelBody body, void* context) {
+  torch::stable::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+inline std::string shape_text(const std::vector<int64_t>& shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+inline std::string shape_text(const Tensor& t) { return shape_text({t.sizes().begin(), t.sizes().end()}); }
+
+inline DType float_type(ScalarType type, const char* what) {
+  if (type == ScalarType::Float) return DType::kF32;
+  if (type == ScalarType::BFloat16) return DType::kBF16;
+  STD_TORCH_CHECK(type == ScalarType::Half, "torch_int4: ", what, " must be float32, bfloat16 or float16");
+  return DType::kF16;
+}
+
+inline void check_tensor(const Tensor& t, const char* name, ScalarType type, const char* type_name,
+                         const std::vector<int64_t>& shape) {
+  STD_TORCH_CHECK(t.is_cpu(), "torch_int4: ", name, " must be a CPU tensor");
+  STD_TORCH_CHECK(t.scalar_type() == type, "torch_int4: ", name, " must be ", type_name);
+  STD_TORCH_CHECK(t.is_contiguous(), "torch_int4: ", name, " must be contiguous");
+  bool same = t.dim() == int64_t(shape.size());
+  for (size_t i = 0; same && i < shape.size(); ++i) same = t.size(int64_t(i)) == shape[i];
+  STD_TORCH_CHECK(same, "torch_int4: ", name, " has shape ", shape_text(t), " but must be ", shape_text(shape));
+}
+
+}  // namespace torch_int4

@@ -1,0 +1,159 @@
+#include "ops/weights.h"
+
+#include "framework/codebooks.h"
+#include "framework/dispatch.h"
+
+namespace torch_int4 {
+namespace {
+
+constexpr int64_t kMaxGroup = 1024;
+
+WeightType weight_type(const std::string& name) {
+  if (name == "int4") return WeightType::kInt4;
+  if (name == "int8") return WeightType::kInt8;
+  STD_TORCH_CHECK(find_codebook(name.c_str()),
+                  "torch_int4: weight_type must be 'int4', 'int8', 'nf4', 'fp4' or 'bnb_fp4', not '", name, "'");
+  return WeightType::kBook;
+}
+
+}  // namespace
+
+ScaleType scale_type(const Tensor& scales) {
+  if (scales.scalar_type() == ScalarType::Float) return ScaleType::kF32;
+  if (scales.scalar_type() == ScalarType::Byte) return ScaleType::kE8M0;
+  STD_TORCH_CHECK(scales.scalar_type() == ScalarType::Half,
+                  "torch_int4: scales must be float16, float32 or uint8 (powers of two, E8M0)");
+  return ScaleType::kF16;
+}
+
+Compute compute_type(const std::string& name) {
+  if (name == "int8") return Compute::kInt8;
+  if (name == "int8x2") return Compute::kInt8x2;
+  if (name == "bf16") return Compute::kBf16;
+  STD_TORCH_CHECK(name == "fp32", "torch_int4: compute must be 'int8', 'int8x2', 'bf16' or 'fp32', not '", name, "'");
+  return Compute::kFp32;
+}
+
+void check_offset(const PackedWeight& w) {
+  STD_TORCH_CHECK(!w.book || w.offset == Offset::kSymmetric, "torch_int4: a weight with a code book has no offsets");
+  STD_TORCH_CHECK(w.scale_type != ScaleType::kE8M0 || w.offset != Offset::kFloat,
+                  "torch_int4: float offsets need float scales");
+}
+
+PackedWeight make_shape(int64_t out_features, int64_t in_features, int64_t group_size, const std::string& type) {
+  const bool valid = group_size == -1 || (group_size > 0 && group_size <= kMaxGroup && group_size % kSlab == 0 &&
+                                          (group_size <= kMaxBlock || group_size % kMaxBlock == 0));
+  STD_TORCH_CHECK(valid, "torch_int4: group_size must be a multiple of 32 up to 128, a multiple of 128 up to 1024, ",
+                  "or -1, not ", group_size);
+  STD_TORCH_CHECK(out_features > 0 && in_features > 0, "torch_int4: a weight needs at least one row and one input");
+  PackedWeight w{};
+  w.out_features = out_features;
+  w.in_features = in_features;
+  w.type = weight_type(type);
+  w.book = find_codebook(type.c_str());
+  w.padded_inputs = (in_features + kSlab - 1) / kSlab * kSlab;
+  w.group = group_size == -1 || group_size > w.padded_inputs ? w.padded_inputs : group_size;
+  w.groups = (w.padded_inputs + w.group - 1) / w.group;
+  w.block = w.group < kMaxBlock ? w.group : kMaxBlock;
+  w.blocks = (w.padded_inputs + w.block - 1) / w.block;
+  return w;
+}
+
+PackedWeight view_weight(const Tensor& weight, const Tensor& scales, const OptionalTensor& offsets,
+                         int64_t out_features, int64_t in_features, int64_t group_size, const std::string& type) {
+  PackedWeight w = make_shape(out_features, in_features, group_size, type);
+  check_tensor(weight, "weight", ScalarType::Byte, "uint8", {w.panels(), w.panel_bytes() / kLineBytes, kLineBytes});
+  w.scale_type = scale_type(scales);
+  const std::vector<int64_t> parameters{w.panels(), w.groups, kPanelRows};
+  check_tensor(scales, "scales", scales.scalar_type(), "float16, float32 or uint8", parameters);
+  w.offset = Offset::kSymmetric;
+  if (offsets) {
+    const bool integer = offsets->scalar_type() == ScalarType::Byte;
+    w.offset = integer ? Offset::kInteger : Offset::kFloat;
+    check_tensor(*offsets, "offsets", integer ? ScalarType::Byte : scales.scalar_type(),
+                 "uint8 or of the type of the scales", parameters);
+    w.offsets = offsets->const_data_ptr();
+  }
+  check_offset(w);
+  w.codes = static_cast<const uint8_t*>(weight.const_data_ptr());
+  w.scales = scales.const_data_ptr();
+  return w;
+}
+
+const int64_t* check_perm(const OptionalTensor& perm, int64_t in_features) {
+  if (!perm) return nullptr;
+  check_tensor(*perm, "perm", ScalarType::Long, "int64", {in_features});
+  const auto* p = static_cast<const int64_t*>(perm->const_data_ptr());
+  int64_t inside = 1;
+  for (int64_t k = 0; k < in_features; ++k) inside &= int64_t(p[k] >= 0) & int64_t(p[k] < in_features);
+  STD_TORCH_CHECK(inside, "torch_int4: perm must hold indices from 0 to ", in_features - 1);
+  return p;
+}
+
+const float* floats_of(const Tensor& t, const char* name, std::vector<float>& converted) {
+  const DType dtype = float_type(t.scalar_type(), name);
+  if (dtype == DType::kF32) return static_cast<const float*>(t.const_data_ptr());
+  converted.resize(static_cast<size_t>(t.numel()));
+  active_kernels().to_float(t.const_data_ptr(), dtype, t.numel(), converted.data());
+  return converted.data();
+}
+
+const float* bias_floats(const OptionalTensor& bias, int64_t out_features, std::vector<float>& converted) {
+  if (!bias) return nullptr;
+  float_type(bias->scalar_type(), "bias");
+  check_tensor(*bias, "bias", bias->scalar_type(), "floating point", {out_features});
+  return floats_of(*bias, "bias", converted);
+}
+
+int64_t input_features(const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cpu(), "torch_int4: x must be a CPU tensor");
+  STD_TORCH_CHECK(x.dim() >= 1, "torch_int4: x must have at least one dimension");
+  return x.size(x.dim() - 1);
+}
+
+std::vector<PackedWeight> view_weights(const std::vector<Tensor>& weights, const std::vector<Tensor>& scales,
+                                       const std::vector<OptionalTensor>& offsets,
+                                       const std::vector<OptionalTensor>& biases,
+                                       const std::vector<int64_t>& out_features, int64_t in_features,
+                                       int64_t group_size, const std::string& type) {
+  const size_t count = weights.size();
+  STD_TORCH_CHECK(count && scales.size() == count && offsets.size() == count && biases.size() == count &&
+                      out_features.size() == count,
+                  "torch_int4: weights, scales, offsets, biases and out_features must be lists of one length");
+  std::vector<PackedWeight> views;
+  for (size_t i = 0; i < count; ++i) {
+    views.push_back(view_weight(weights[i], scales[i], offsets[i], out_features[i], in_features, group_size, type));
+  }
+  return views;
+}
+
+Input view_input(const Tensor& contiguous, int64_t in_features, const OptionalTensor& perm) {
+  return {contiguous.const_data_ptr(), float_type(contiguous.scalar_type(), "x"), contiguous.numel() / in_features,
+          check_perm(perm, in_features)};
+}
+
+std::vector<Tensor> apply(const Tensor& x, const std::vector<PackedWeight>& weights,
+                          const std::vector<OptionalTensor>& biases, const OptionalTensor& perm,
+                          const std::string& compute, std::optional<ScalarType> out_dtype, const RowNorm* norm,
+                          const void* residual) {
+  const ScalarType y_type = out_dtype.value_or(x.scalar_type());
+  const DType y_dtype = float_type(y_type, "out_dtype");
+  const Tensor contiguous = make_contiguous(x);
+  Input input = view_input(contiguous, weights[0].in_features, perm);
+  input.norm = norm;
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  std::vector<Tensor> results;
+  std::vector<Output> outputs;
+  std::vector<std::vector<float>> converted(weights.size());
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const int64_t out_features = shape.back() = weights[i].out_features;
+    results.push_back(torch::stable::new_empty(x, shape, y_type));
+    const float* bias = bias_floats(biases[i], out_features, converted[i]);
+    outputs.push_back({results.back().mutable_data_ptr(), y_dtype, out_features, bias, 1, residual});
+  }
+  const Compute how = compute_type(compute);
+  if (input.rows) linear(weights.data(), outputs.data(), int(weights.size()), input, how, parallel);
+  return results;
+}
+
+}  // namespace torch_int4

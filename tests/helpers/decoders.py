@@ -1,0 +1,123 @@
+"""Tiny random decoders of every family that has a file, some variants, and some that have none."""
+
+import copy
+from collections import Counter
+
+import torch
+from tiny_models import dequantized
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from torch_int4 import patch
+from torch_int4.patching import families
+
+COMMON = {
+    "vocab_size": 99,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.3,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "tie_word_embeddings": False,
+}
+GROUPED = {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 96}
+EXPERTS = {
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+WINDOW = {"sliding_window": 8}
+OF_FAMILY = {  # what a family needs besides
+    "cwm": {"layer_types": ["sliding_attention", "full_attention"], **WINDOW},
+    "falcon": {"ffn_hidden_size": 96, "alibi": False, "multi_query": True, "parallel_attn": True},
+    "gemma2": {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0, **WINDOW},
+    "gpt_neox": {"intermediate_size": 96, "rope_parameters": {"partial_rotary_factor": 0.25, "rope_theta": 1e4}},
+    "gptj": {"rotary_dim": 8},
+    "granite": {"attention_multiplier": 0.5},
+    "ministral": {"layer_types": ["sliding_attention", "full_attention"], **WINDOW},
+    "mistral": WINDOW,
+    "phimoe": {**EXPERTS, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+}
+NOT_GROUPED = ("falcon", "gpt_neox", "gptj", "gpt2", "opt")
+VARIANTS = {
+    "falcon-40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 96}),
+    "falcon-rw": (
+        "falcon",
+        {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True, "ffn_hidden_size": 96},
+    ),
+    "gpt_neox-serial": ("gpt_neox", {"use_parallel_residual": False, "intermediate_size": 96}),
+    "llama-mha": ("llama", {"num_key_value_heads": 4, "attention_bias": True}),
+    "llama-odd": ("llama", {"head_dim": 18, "hidden_size": 72, "intermediate_size": 104}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "max_window_layers": 1, **WINDOW}),
+}
+GENERIC = {
+    "gpt2": {},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "phi": {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 1e4, "rope_type": "default"}},
+    "gemma3_text": {"query_pre_attn_scalar": 24, "layer_types": ["sliding_attention", "full_attention"], **WINDOW},
+}
+FAMILIES = [name for name in families.available() if name != "generic"]
+MAIN = ["llama", "gptj", "gpt_neox", "falcon", "falcon-40b", "falcon-rw"]
+FUSED = [*FAMILIES, *VARIANTS]
+ALL = [*FUSED, *GENERIC]
+
+
+def family_of(name):
+    return VARIANTS[name][0] if name in VARIANTS else name if name in FAMILIES else "generic"
+
+
+def decoder(name, dtype=torch.float32):
+    """A model whose every parameter matters."""
+    family, fields = VARIANTS.get(name, (name, {**OF_FAMILY.get(name, {}), **GENERIC.get(name, {})}))
+    shape = {} if family in NOT_GROUPED else GROUPED
+    experts = EXPERTS if "moe" in family or family == "mixtral" else {}
+    config = AutoConfig.for_model(family, **{**COMMON, **shape, **experts, **fields})
+    torch.manual_seed(len(name))
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    return model.to(dtype).eval()
+
+
+def pair(name, **options):
+    """A patched decoder, and a float one with stock attention that holds the same weights."""
+    model = decoder(name)
+    patched = patch(copy.deepcopy(model), **{"compute": "fp32", "kv_cache": "fp32", **options})
+    return patched, dequantized(model, patched)
+
+
+def prompt(rows=2, tokens=12, seed=0):
+    return torch.randint(2, 99, (rows, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_near(got, want, tolerance):
+    """Distance relative to the length of what is wanted."""
+    assert torch.isfinite(got).all()
+    distance = ((got - want).norm() / want.norm()).item()
+    assert distance <= tolerance, distance
+
+
+class Calls(TorchDispatchMode):
+    """Counts calls of our operators that compute."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+        self.prepared = 0  # layers that ran prepared, of which one call may run several
+
+    @property
+    def attended(self):
+        """Layers whose attention ran in our operators."""
+        return self.prepared + self.counts["attention"] + self.counts["decoder_layer"]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "torch_int4" and not func._opname.startswith(("prepare_", "release_")):
+            self.counts[func._opname] += 1
+            self.prepared += len(args[1]) if func._opname == "prepared_decoder_layers" else 0
+        return func(*args, **(kwargs or {}))

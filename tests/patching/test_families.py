@@ -1,0 +1,114 @@
+"""What family files say of their models, checked on tiny ones."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from decoders import FAMILIES, FUSED, GENERIC, Calls, assert_near, decoder, family_of, pair, prompt
+
+from torch_int4 import patch
+from torch_int4.layouts.attention import AttentionLayout
+from torch_int4.nn.attention import FusedAttention
+from torch_int4.patching import families
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_is_data_about_modules_that_exist(name):
+    family, model = families.resolve(name), decoder(name)
+    assert isinstance(family.attention, AttentionLayout)
+    assert model.config.model_type == name  # the file has the name of its models
+    found = [m for m in model.modules() if all(hasattr(m, n) for n in family.attention.children)]
+    assert len(found) == 2
+    assert all(hasattr(found[0], attribute) for attribute in family.attention.attributes)
+
+
+@pytest.mark.parametrize(
+    ("name", "linears", "others"),  # where no layer is fused as a whole
+    [
+        ("llama", [3, 2], 2),  # q k v, gate up; o, down
+        ("qwen3", [3, 2], 2),
+        ("gptj", [4], 2),  # q k v fc_in; out_proj, fc_out
+        ("falcon", [2], 2),  # query_key_value dense_h_to_4h; dense, dense_4h_to_h
+        ("falcon-40b", [], 4),  # two norms
+        ("falcon-rw", [], 4),  # the MLP comes after attention
+        ("gpt_neox", [], 4),
+        ("gpt2", [], 4),
+    ],
+)
+def test_linears_with_one_input_are_one_call(name, linears, others):
+    family = dataclasses.replace(families.resolve(family_of(name)), blocks=())
+    patched, _ = pair(name, head="float", family=family)
+    assert patched.torch_int4_report.merged == 2 * len(linears)
+    with torch.no_grad(), Calls() as calls:
+        patched(prompt())
+    assert calls.counts["int4_linears"] == 2 * len(linears)
+    assert calls.counts["int4_linear"] == 2 * others
+
+
+@pytest.mark.parametrize("name", GENERIC)
+def test_decoders_without_a_file_use_the_interface(name):
+    patched, _ = pair(name)
+    report = patched.torch_int4_report
+    assert (report.fused, report.interfaces) == (0, 1)
+    assert "by transformers' attention interface" in str(report)
+    assert not any(isinstance(module, FusedAttention) for module in patched.modules())
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon", "gptj"])
+def test_any_family_can_be_treated_as_generic(name):
+    patched, reference = pair(name, family="generic")
+    assert patched.torch_int4_report.fused == 0
+    with torch.no_grad():
+        assert_near(patched(prompt()).logits, reference(prompt()).logits, 2e-3)
+        assert_near(
+            patched.generate(prompt(), max_new_tokens=4, do_sample=False).float(),
+            reference.generate(prompt(), max_new_tokens=4, do_sample=False).float(),
+            0,
+        )
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("loaded", ["eager", "sdpa"])
+def test_the_implementation_that_was_loaded_does_not_matter(name, loaded):
+    model = decoder(name)
+    model.set_attn_implementation(loaded)
+    patched = patch(copy.deepcopy(model), compute="fp32", kv_cache="fp32")
+    reference = patch(model, compute="fp32", attention="stock")
+    mask = torch.ones(2, 12, dtype=torch.int64)
+    mask[0, :4] = 0
+    with torch.no_grad(), Calls() as calls:
+        got = patched(prompt(), attention_mask=mask).logits[mask.bool()]
+    assert calls.attended == 2
+    with torch.no_grad():
+        assert_near(got, reference(prompt(), attention_mask=mask).logits[mask.bool()], 2e-3)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_patching_twice_changes_nothing(name):
+    patched, _ = pair(name)
+    kinds = [type(module) for module in patched.modules()]
+    patch(patched, compute="fp32", kv_cache="fp32")
+    assert [type(module) for module in patched.modules()] == kinds
+    assert patched.torch_int4_report.fused == 2
+
+
+def test_a_module_with_another_shape_is_left_alone():
+    layout = dataclasses.replace(families.resolve("llama").attention, head_dim="no_such_attribute")
+    family = dataclasses.replace(families.resolve("llama"), attention=layout)
+    patched = patch(decoder("llama"), family=family)
+    assert patched.torch_int4_report.fused == 0
+
+
+def test_unexpected_arguments_go_to_the_stock_module():
+    patched, reference = pair("llama")
+    hidden = torch.randn(1, 4, 64)
+    attention, stock = patched.model.layers[0].self_attn, reference.model.layers[0].self_attn
+    tables = patched.model.rotary_emb(hidden, torch.arange(4)[None])
+    for options in ({"is_causal": False}, {"something": 3}, {"attention_mask": torch.ones(1, 4)[:, None, None] > 0}):
+        with torch.no_grad(), Calls() as calls:
+            got = attention(hidden, position_embeddings=tables, **{"attention_mask": None, **options})[0]
+            served = calls.attended
+            want = stock(hidden, position_embeddings=tables, **{"attention_mask": None, **options})[0]
+        assert served == ("attention_mask" in options)
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,1 @@
+"""Calibration: the data, what blocks are called with, the pass over a model, and resuming it."""

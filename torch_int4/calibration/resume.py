@@ -1,0 +1,117 @@
+"""State of a calibration on disk after each finished block, so that an interrupted run ends with the same bits."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from torch_int4.errors import Int4Error
+from torch_int4.weights.canonical import Int4Weight
+
+TENSORS = ("codes", "scales", "zeros", "offsets", "perm")
+FORMAT = 1  # raise it when what is saved, or how it is computed, changes
+
+
+class Progress:
+    """A folder with one file per finished block, and the states in front of the next one.
+
+    Files are written under another name and renamed, so that a run that is killed leaves whole files only. A folder
+    that belongs to another model, config or data is refused instead of overwritten.
+    """
+
+    def __init__(self, folder: str | Path, fingerprint: str) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        note = self.folder / "calibration.json"
+        if note.exists():
+            found = json.loads(note.read_text(encoding="utf-8")).get("fingerprint")
+            if found != fingerprint:
+                raise Int4Error(
+                    f"calibration: {str(self.folder)!r} holds the state of another run (other model, config, data or "
+                    "version); give another folder, or delete it"
+                )
+        else:
+            partial = note.with_suffix(".partial")
+            partial.write_text(json.dumps({"fingerprint": fingerprint}) + "\n", encoding="utf-8")
+            os.replace(partial, note)
+
+    @property
+    def done(self) -> int:
+        """Blocks that are finished: all of them are there, and the states behind the last of them too."""
+        found = [int(path.stem.rpartition("-")[2]) for path in self.folder.glob("states-*.safetensors")]
+        usable = [n for n in found if all(self._block(i).exists() for i in range(n))]
+        return max(usable, default=0)
+
+    def save(
+        self, index: int, weights: dict[str, Int4Weight], rest: dict[str, Tensor], states: dict[str, Tensor]
+    ) -> None:
+        """Write block `index` and the states behind it; the states in front of it are deleted afterwards."""
+        tensors = {f"rest|{name}": tensor for name, tensor in rest.items()}
+        notes = {}
+        for name, weight in weights.items():
+            notes[name] = f"{weight.group_size},{weight.bits}"
+            for part in TENSORS:
+                value = getattr(weight, part)
+                if value is not None:
+                    tensors[f"{part}|{name}"] = value
+        _write(tensors, self._block(index), notes)
+        _write(states, self._states(index + 1), {})
+        self._states(index).unlink(missing_ok=True)
+
+    def load(self, index: int) -> tuple[dict[str, Int4Weight], dict[str, Tensor]]:
+        """Weights and other parameters of a finished block."""
+        from safetensors import safe_open
+
+        path = self._block(index)
+        with safe_open(str(path), framework="pt") as file:
+            notes = dict(file.metadata() or {})
+        tensors = load_file(str(path))
+        weights = {}
+        for name, note in notes.items():
+            size, bits = (int(part) for part in note.split(","))
+            parts: Any = {part: tensors[f"{part}|{name}"] for part in TENSORS if f"{part}|{name}" in tensors}
+            weights[name] = Int4Weight(**parts, group_size=size, bits=bits).validate(name)
+        rest = {key[len("rest|") :]: value for key, value in tensors.items() if key.startswith("rest|")}
+        return weights, rest
+
+    def states(self) -> dict[str, Tensor]:
+        """The states behind the last finished block."""
+        return load_file(str(self._states(self.done)))
+
+    def _block(self, index: int) -> Path:
+        return self.folder / f"block-{index:04d}.safetensors"
+
+    def _states(self, index: int) -> Path:
+        return self.folder / f"states-{index:04d}.safetensors"
+
+
+def fingerprint(config: object, windows: Tensor, tensors: Iterable[tuple[str, Tensor]], *notes: object) -> str:
+    """A hash of everything that the result depends on. Of weights, some values each are taken."""
+    digest = hashlib.sha256(f"{FORMAT} {torch.__version__}".encode())
+    options = [(f.name, getattr(config, f.name)) for f in fields(config)]  # type: ignore[arg-type]
+    digest.update(repr((options, notes)).encode())
+    digest.update(windows.contiguous().numpy().tobytes())
+    for name, tensor in tensors:
+        flat = tensor.detach().flatten()
+        some = flat[:: max(1, flat.numel() // 64)].float().contiguous()
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(some.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write(tensors: dict[str, Tensor], path: Path, notes: dict[str, str]) -> None:
+    partial = path.with_suffix(".partial")
+    save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, str(partial), notes)
+    with contextlib.suppress(OSError), open(partial, "rb") as file:  # a rename may overtake the data otherwise
+        os.fsync(file.fileno())
+    os.replace(partial, path)

@@ -1,0 +1,255 @@
+"""Quantization with data: one pass over a model, block by block.
+
+The inputs of a block come from the quantized blocks before it. Statistics of an input are gathered once for all
+linears that read it, and every stage of the recipe uses them. At any time one block is held in fp32, besides the
+captured inputs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torch_int4 import recipes
+from torch_int4.calibration.capture import Tape, evaluating
+from torch_int4.calibration.data import Calibration
+from torch_int4.calibration.fold_check import checked
+from torch_int4.calibration.resume import Progress, fingerprint
+from torch_int4.config import Int4Config
+from torch_int4.errors import Int4Error
+from torch_int4.layouts.scales import ScaleFold
+from torch_int4.recipes.parts import folds as folding
+from torch_int4.recipes.parts.block import Block, Inputs, Linear
+from torch_int4.recipes.parts.compose import quantize_block
+from torch_int4.recipes.parts.folds import Fold
+from torch_int4.weights.canonical import Int4Weight
+
+Chosen = dict[str, tuple[nn.Module, int]]  # linears to quantize: name -> module, bits
+
+
+class CalibratedPass:
+    """Quantizes the linears of a model's blocks. Nothing is changed before `weights` is iterated.
+
+    Args:
+        model: the float model.
+        chosen: the linears to quantize, those outside of blocks included, which are left to the caller.
+        facts: for the `id` of a module, the scale folds that its family knows of.
+        config: with the recipe.
+        calibration: the data.
+        progress: show a line with the time left; by default on a terminal.
+
+    Raises:
+        Int4Error: the data is unusable, or the model has no blocks that run one after the other.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        chosen: Chosen,
+        facts: dict[int, tuple[ScaleFold, ...]],
+        config: Int4Config,
+        calibration: Calibration,
+        progress: bool | None = None,
+    ) -> None:
+        self.model, self.chosen, self.facts, self.calibration = model, dict(chosen), facts, calibration
+        self.recipe = recipes.parse(config.recipe)
+        self.config = self.recipe.configure(config)
+        self.notices: list[str] = []
+        self.names, blocks = find_blocks(model, chosen)
+        windows = calibration.windows(model)
+        self.progress = _show(progress)
+        self.saved: Progress | None = None
+        if calibration.resume is not None:
+            notes = (config.recipe, calibration.batch, calibration.seed, self.names)
+            self.saved = Progress(calibration.resume, fingerprint(self.config, windows, _tensors(model), *notes))
+        self.tape = Tape(model, blocks, windows, calibration.batch, self._tell_arguments)
+        self.clean: Tensor | None = self.tape.hidden.clone() if self.recipe.needs_targets else None
+        if calibration.offload is not None:
+            self.tape.offload(calibration.offload, "quantized.bin")
+
+    def weights(self) -> Iterator[tuple[str, Int4Weight]]:
+        """Names and weights, block after block; the caller replaces each linear before it asks for the next one."""
+        done = self.saved.done if self.saved else 0
+        start = time.monotonic()
+        with evaluating(self.model):
+            for index, module in enumerate(self.tape.blocks):
+                if index < done:
+                    yield from self._restore(index, module, last=index == done - 1)
+                    continue
+                self._tell(index, done, start)
+                found, rest = self._quantize(index, module)
+                yield from found.items()
+                self.tape.advance(index, module)
+                if self.saved is not None:
+                    self.saved.save(index, found, rest, self._states())
+            self._tell(len(self.tape.blocks), done, start)
+
+    def _tell_arguments(self, index: int) -> None:
+        """Write which block's arguments are taken: on a large model that takes a while, before any block is done."""
+        if self.progress:
+            text = f"\rtorch_int4: {self.recipe.name}, arguments of block {index + 1}/{len(self.names)}   "
+            print(text, end="", file=sys.stderr, flush=True)
+
+    def _tell(self, index: int, done: int, start: float) -> None:
+        """Write how far the pass is, and how long the rest will take at the pace so far."""
+        if not self.progress:
+            return
+        total, pace = len(self.tape.blocks), (time.monotonic() - start) / max(index - done, 1)
+        left = int(pace * (total - index))
+        when = f", {left // 60}:{left % 60:02d} left" if done < index < total else ""
+        end = "\n" if index == total else ""
+        print(f"\rtorch_int4: {self.recipe.name}, block {index}/{total}{when}   ", end=end, file=sys.stderr, flush=True)
+
+    def _states(self) -> dict[str, Tensor]:
+        return {"hidden": self.tape.hidden, **({} if self.clean is None else {"clean": self.clean})}
+
+    def _restore(self, index: int, module: nn.Module, *, last: bool) -> Iterator[tuple[str, Int4Weight]]:
+        assert self.saved is not None
+        weights, rest = self.saved.load(index)
+        for name in weights:
+            del self.chosen[name]
+        _put_back(module, rest)
+        yield from weights.items()
+        if last:
+            states = self.saved.states()
+            self.tape.hidden.copy_(states["hidden"])
+            if self.clean is not None:
+                self.clean.copy_(states["clean"])
+
+    def _quantize(self, index: int, module: nn.Module) -> tuple[dict[str, Int4Weight], dict[str, Tensor]]:
+        """Weights of a block's linears, and what else of the block is to be kept. The block is in fp32 meanwhile."""
+        dtypes = {name: tensor.dtype for name, tensor in _tensors(module)}
+        module.float()
+        block = self._block(index, module)
+        self._advance_clean(index, module)
+        if self.recipe.folds_scales:
+            block.folds = self._folds(index, block)
+        if self.config.clip or any(getattr(stage, "NEEDS_INPUTS", False) for stage in self.recipe.stages):
+            self._gather(index, block)
+        if self.recipe.transform is not None:
+            self.recipe.transform.transform(block, self.config)
+            block.folds = []
+        found = quantize_block(self.recipe, block, self.config)
+        self.notices += [notice for notice in block.notices if notice not in self.notices]
+        quantized = {f"{linear.path}.weight" for linear in block.linears}
+        for name, tensor in _tensors(module):
+            tensor.data = tensor.data.to(dtypes[name])
+        return found, {name: tensor.detach() for name, tensor in _tensors(module) if name not in quantized}
+
+    def _block(self, index: int, module: nn.Module) -> Block:
+        name = self.names[index]
+        own = [full for full in self.chosen if full.startswith(name + ".")]
+        # popped, for the float weight of a linear has to be free once the caller has replaced it
+        linears = [Linear(full, full[len(name) + 1 :], *self.chosen.pop(full)) for full in own]
+        generator = torch.Generator().manual_seed(self.calibration.seed * 1_000_003 + index)
+
+        def run(batch: int, parameters: dict[str, Tensor]) -> Tensor:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                return torch.func.functional_call(module, parameters, args, kwargs)
+
+            return self.tape.run(index, batch, call if parameters else module)
+
+        def targets(batch: int) -> Tensor:
+            assert self.clean is not None
+            return self.clean[self.tape.spans[batch]].float()
+
+        return Block(name, module, linears, [], run, targets, self.tape.batches, generator)
+
+    def _folds(self, index: int, block: Block) -> list[Fold]:
+        """The scales that may be moved in a block: what its family knows, checked on a batch."""
+        known = [
+            fold
+            for name, module in block.module.named_modules()
+            for fold in folding.find(module, f"{block.name}.{name}".rstrip("."), self.facts.get(id(module), ()))
+        ]
+        return checked(known, block, lambda: self.tape.run(index, 0, block.module), self.config.recipe)
+
+    @torch.no_grad()
+    def _advance_clean(self, index: int, module: nn.Module) -> None:
+        """Run the float block on the float model's states: its outputs are what stages aim at."""
+        if self.clean is not None:
+            for batch, span in enumerate(self.tape.spans):
+                self.clean[span] = self.tape.run(index, batch, module, self.clean).to(self.clean.dtype)
+
+    @torch.no_grad()
+    def _gather(self, index: int, block: Block) -> None:
+        """Statistics of the linears' inputs; linears that are given the same tensor share them."""
+        seen: list[tuple[Tensor, list[Linear]]] = []
+        groups: dict[int, Inputs] = {}
+
+        def hook(linear: Linear) -> Any:
+            def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+                for x, members in seen:  # tensors are kept until the pass ends, so that none reuses another's memory
+                    if x is args[0] and id(linear) not in map(id, members):
+                        members.append(linear)
+                        return
+                seen.append((args[0], [linear]))
+
+            return look
+
+        handles = [linear.module.register_forward_pre_hook(hook(linear)) for linear in block.linears]
+        try:
+            for batch in range(self.tape.batches):
+                block.run(batch, {})
+                for x, members in seen:
+                    if id(members[0]) not in groups:
+                        groups[id(members[0])] = Inputs(x.shape[-1])
+                    groups[id(members[0])].add(x)
+                    for linear in members:
+                        linear.inputs = groups[id(members[0])]
+                seen.clear()
+        finally:
+            for handle in handles:
+                handle.remove()
+        for linear in block.linears:
+            if linear.inputs is None:  # an expert that no token was sent to
+                linear.inputs = Inputs(linear.weight.shape[1])
+                block.notices.append(f"{linear.name}: no calibration token reached it, so it is rounded to nearest")
+
+
+def find_blocks(model: nn.Module, chosen: Chosen) -> tuple[list[str], list[nn.Module]]:
+    """Names and modules of the blocks: of all lists of modules the one that holds most weights to quantize.
+
+    Raises:
+        Int4Error: there is no such list, or a block occurs in it twice.
+    """
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    best, most = None, 0
+    for name, blocks in lists:
+        if any(name != other and name.startswith(other + ".") for other, _ in lists):
+            continue  # a list within a block
+        inside = [linear for full, (linear, _) in chosen.items() if full.startswith(name + ".")]
+        weights = sum(linear.weight.numel() for linear in inside if isinstance(linear.weight, Tensor))
+        if weights > most:
+            best, most = (name, blocks), weights
+    if best is None:
+        raise Int4Error(
+            f"calibration: {type(model).__name__} has no list of blocks with linears to quantize; "
+            "use a recipe without calibration, such as recipe='rtn'"
+        )
+    name, blocks = best
+    modules = list(blocks)
+    if len(set(map(id, modules))) < len(modules):
+        raise Int4Error(f"calibration: {name} runs one block several times; use recipe='rtn'")
+    return [f"{name}.{index}" for index in range(len(modules))], modules
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return itertools.chain(model.named_parameters(), model.named_buffers())
+
+
+@torch.no_grad()
+def _put_back(module: nn.Module, rest: dict[str, Tensor]) -> None:
+    own = dict(_tensors(module))
+    for name, tensor in rest.items():
+        own[name].data = tensor.to(own[name].dtype)
+
+
+def _show(progress: bool | None) -> bool:
+    return (sys.stderr is not None and sys.stderr.isatty()) if progress is None else progress

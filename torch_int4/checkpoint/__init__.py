@@ -1,0 +1,1 @@
+"""Saving patched models, and what a saved model says of itself."""

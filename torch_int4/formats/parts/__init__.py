@@ -1,0 +1,1 @@
+"""What the formats of checkpoints share: files, checks, orders of codes."""

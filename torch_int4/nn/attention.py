@@ -1,0 +1,260 @@
+"""Fused attention in the place of a stock attention module: projections, rotation into the cache, attention.
+
+What the operators do not serve runs as the stock module would run it: gradients, training, recorded attention weights,
+caches of other kinds, other devices. Both paths may take turns on one cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, StaticCache
+
+from torch_int4.cache.int4_cache import Int4Cache
+from torch_int4.layouts.attention import AttentionLayout
+from torch_int4.ops.calls import call
+from torch_int4.support.mixins import Mixin
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# Arguments that change nothing here. Any other one, unless it is None, is left to the stock module.
+HARMLESS = frozenset(
+    {
+        "attention_mask",
+        "position_ids",
+        "position_embeddings",
+        "cache_position",
+        "past_key_values",
+        "layer_past",
+        "use_cache",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "num_items_in_batch",
+    }
+)
+
+
+class StockAttention(Mixin):
+    """The stock module, which adds its mask where it records weights: a bool one would hide nothing then."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the stock module gives, with a mask that can be added."""
+        mask = kwargs.get("attention_mask")
+        if kwargs.get("output_attentions") and isinstance(mask, Tensor):
+            kwargs["attention_mask"] = additive(mask, hidden_states.dtype)
+        return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+
+
+class FusedAttention(StockAttention):
+    """Mixed into the attention modules of families that have an `AttentionLayout`."""
+
+    torch_int4_data: AttentionLayout
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """`[batch, tokens, features]` to the same, and None for the attention weights; or what the stock one gives."""
+        if args or not self.serves(hidden_states, kwargs):
+            return super().forward(hidden_states, *args, **kwargs)
+        layout = self.torch_int4_data
+        outputs = [getattr(self, name)(hidden_states) for name in layout.linears]
+        output = self.attend_heads(*self.split_heads(outputs), kwargs)
+        return getattr(self, layout.output)(output), None
+
+    def serves(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
+        """Whether the operators give what the stock module would for these arguments of `forward`."""
+        layout = self.torch_int4_data
+        return _is_served(self, layout, hidden_states, kwargs.get("attention_mask"), kwargs.get(layout.cache), kwargs)
+
+    def split_heads(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, `[batch, tokens, their heads, head size]`, of what the projections gave."""
+        layout = self.torch_int4_data
+        size, places = getattr(self, layout.head_dim), outputs[0].shape[:2]
+        if len(outputs) > 1:
+            query, key, value = (y.view(*places, -1, size) for y in outputs)
+        else:
+            grouped = outputs[0].view(*places, _kv_heads(self, layout), -1, size)
+            query, key, value = grouped[..., :-2, :].flatten(2, 3), grouped[..., -2, :], grouped[..., -1, :]
+        return query, key, value
+
+    def kv_sizes(self) -> tuple[int, int]:
+        """Heads of keys and values, and the size of a head."""
+        layout = self.torch_int4_data
+        return _kv_heads(self, layout), getattr(self, layout.head_dim)
+
+    def rotation(self, kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None, dict[str, Any]]:
+        """Cosines and sines `[batch or 1, tokens, rotated features or half of them]`, and how they rotate."""
+        layout = self.torch_int4_data
+        cos, sin = _rotation(self, layout, kwargs)
+        dim = 0 if cos is None else cos.shape[-1] * (1 if layout.positions is None else 2)
+        return cos, sin, {"rotary_dim": dim, "interleaved": layout.interleaved}
+
+    def scoring(self) -> dict[str, float]:
+        """What becomes of the products of queries and keys."""
+        layout = self.torch_int4_data
+        return {"scale": _scale(self, layout), "softcap": _softcap(self, layout)}
+
+    def attend_heads(self, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """What the output projection gets, `[batch, tokens, features]`.
+
+        Args:
+            query: as it was projected, `[batch, tokens, heads, head size]`, as are key and value with their heads.
+            kwargs: arguments of `forward`, which `serves` has seen.
+        """
+        layout = self.torch_int4_data
+        cache, mask = kwargs.get(layout.cache), kwargs.get("attention_mask")
+        if layout.norms is not None:
+            query, key = getattr(self, layout.norms[0])(query), getattr(self, layout.norms[1])(key)
+        cos, sin, rotary = self.rotation(kwargs)
+        options = self.scoring()
+        if isinstance(cache, Int4Cache):
+            layer = cache.layer(self.layer_idx)  # type: ignore[attr-defined]
+            query = layer.append(query, key, value, cos, sin, **rotary)
+            return layer.attend(query, mask, **options).flatten(2)
+        query, key, value = _rotate(query, key, value, cos, sin, rotary)
+        if cache is not None:
+            if layout.repeats_kv and getattr(self, layout.repeats_kv):
+                repeats = query.shape[2] // key.shape[1]
+                key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+            key, value = cache.update(key, value, self.layer_idx)  # type: ignore[attr-defined]
+        return attend(query, key, value, mask, causal=True, **options).flatten(2)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` adds."""
+        return "fused by torch_int4"
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool, scale: float, softcap: float = 0.0
+) -> Tensor:
+    """Attention over the keys that a cache of transformers hands out.
+
+    Args:
+        query: `[batch, tokens, heads, head size]`; the result is alike, with the size of a value head.
+        key: `[batch, kv heads, keys, head size]`, as is value with its own size.
+        mask: `[batch or 1, heads or 1, tokens or 1, keys]`, bool (True attends) or float (added), or None.
+        causal: what no mask means for several tokens. One token sees all keys.
+        scale: factor of the scores.
+        softcap: where the scores are capped, 0 for nowhere.
+    """
+    tokens = query.shape[1]
+    causal = causal and mask is None and tokens > 1
+    if causal and key.shape[2] > tokens:  # the first tokens in a cache of fixed size, whose other places are empty
+        key, value = key[:, :, :tokens], value[:, :, :tokens]
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+    output: Tensor = call(
+        torch.ops.torch_int4.attention.default,
+        query,
+        key,
+        value,
+        None,
+        None,
+        None,
+        mask,
+        None,
+        scale=scale,
+        causal=causal,
+        softcap=softcap,
+    )
+    return output
+
+
+def is_mask(mask: Any) -> bool:
+    """Whether the operators take this as a mask; None is one."""
+    if mask is None:
+        return True
+    return isinstance(mask, Tensor) and mask.dim() == 4 and (mask.dtype == torch.bool or mask.dtype in FLOATS)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask (True attends) as one that is added to scores of that dtype; others as they are."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def _is_served(module: Any, layout: AttentionLayout, x: Tensor, mask: Any, cache: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the operators give what the stock module would."""
+    if module.training or x.dim() != 3 or x.dtype not in FLOATS or not x.is_cpu:
+        return False
+    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters())):
+        return False
+    if kwargs.get("output_attentions") or not is_mask(mask) or (mask is None and not module.is_causal):
+        return False
+    # The user chose another one since; a config takes a microsecond for each attribute that it is asked for.
+    if vars(module.config)["_attn_implementation_internal"] != layout.implementation:
+        return False
+    for name, value in kwargs.items():
+        if name not in HARMLESS and value is not None and name != layout.unrotated:
+            return False
+    return _is_cache(module, layout, cache) and _has_rotation(module, layout, kwargs)
+
+
+def _is_cache(module: Any, layout: AttentionLayout, cache: Any) -> bool:
+    if isinstance(cache, Int4Cache):  # which a stock module that repeats key heads may have filled
+        return layout.repeats_kv is None or cache.layer(module.layer_idx).holds(_kv_heads(module, layout))
+    return cache is None or (type(cache) in (DynamicCache, StaticCache) and not cache.offloading)
+
+
+def _has_rotation(module: Any, layout: AttentionLayout, kwargs: dict[str, Any]) -> bool:
+    if layout.unrotated is not None and kwargs.get(layout.unrotated) is not None:
+        return kwargs.get("attention_mask") is not None
+    size = getattr(module, layout.head_dim)
+    if layout.positions is not None:
+        return kwargs.get("position_ids") is not None and getattr(module, layout.positions).shape[1] <= size
+    tables = kwargs.get("position_embeddings")
+    return isinstance(tables, tuple) and len(tables) == 2 and tables[0].dim() == 3 and tables[0].shape[-1] <= size
+
+
+def _kv_heads(module: Any, layout: AttentionLayout) -> int:
+    """How many keys the projections give; a single one gives as many values and all queries besides."""
+    size = getattr(module, layout.head_dim)
+    if isinstance(layout.projections, str):
+        heads = module._modules[layout.projections].out_features // size
+        return int(heads - module.config.num_attention_heads) // 2
+    return int(module._modules[layout.projections[1]].out_features // size)
+
+
+def _rotation(module: Any, layout: AttentionLayout, kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    if layout.unrotated is not None and kwargs.get(layout.unrotated) is not None:
+        return None, None
+    if layout.positions is not None:
+        sin, cos = getattr(module, layout.positions)[kwargs["position_ids"]].chunk(2, dim=-1)
+        return cos, sin
+    cos, sin = kwargs["position_embeddings"]
+    return cos, sin
+
+
+def _rotate(
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor | None, sin: Tensor | None, options: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The rotated query `[batch, tokens, heads, size]`, and key and value with heads before tokens."""
+    keys, values = (x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]) for x in (key, value))
+    length = torch.zeros(1, dtype=torch.int64)
+    query = call(
+        torch.ops.torch_int4.rotary_append.default,
+        query,
+        key,
+        value,
+        cos,
+        sin,
+        keys,
+        values,
+        None,
+        None,
+        length,
+        **options,
+    )
+    return query, keys, values
+
+
+def _scale(module: Any, layout: AttentionLayout) -> float:
+    if layout.scale is None:
+        return float(getattr(module, layout.head_dim) ** -0.5)
+    return float(getattr(module, layout.scale))
+
+
+def _softcap(module: Any, layout: AttentionLayout) -> float:
+    return 0.0 if layout.softcap is None else float(getattr(module, layout.softcap) or 0.0)

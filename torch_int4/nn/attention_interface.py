@@ -1,0 +1,85 @@
+"""Our attention operator as an attention implementation of transformers, for models without a layout of their own.
+
+Their modules project and rotate as ever and fill whatever cache they are given; only the attention itself is ours.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from torch_int4.nn.attention import FLOATS, HARMLESS, additive, attend, is_mask
+
+NAME = "torch_int4"  # transformers looks for "sdpa", "flash", "flex" and "eager" inside of names
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention for `[batch, heads, tokens, head size]` and keys alike; returns `[batch, tokens, heads, size]`."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    # The masks have the window.
+    unknown = any(x is not None and name not in HARMLESS and name != "sliding_window" for name, x in kwargs.items())
+    if unknown or dropout or not _is_served(query, key, value, attention_mask):
+        return _stock(
+            module, query, key, value, attention_mask, dropout, scaling, causal=causal, softcap=softcap, **kwargs
+        )
+    query = query.transpose(1, 2)
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(query, key, value, attention_mask, causal=causal, scale=scale, softcap=softcap or 0.0), None
+
+
+def _is_served(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> bool:
+    tensors = (query, key, value)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return False
+    if any(x.dtype not in FLOATS or x.device.type != "cpu" for x in tensors) or not is_mask(mask):
+        return False
+    return query.shape[1] % key.shape[1] == 0 and (mask is None or mask.shape[-1] == key.shape[2])
+
+
+def _stock(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    *,
+    causal: bool,
+    softcap: float | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """What transformers would have done; the plain version of the model's file knows caps, sinks and the like."""
+    if softcap is None and kwargs.get("s_aux") is None:
+        return sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=causal, **kwargs
+        )
+    plain = sys.modules[type(module).__module__].eager_attention_forward
+    tokens, keys = query.shape[2], key.shape[2]
+    if mask is None and causal and tokens > 1:
+        mask = torch.ones(tokens, keys, dtype=torch.bool, device=query.device).tril()[None, None]
+    if mask is not None:
+        mask = additive(mask, query.dtype)
+    return plain(module, query, key, value, mask, dropout=dropout, scaling=scaling, softcap=softcap, **kwargs)
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,125 @@
+"""Which decoder layers the operators can run, as they are now: modules, hooks, types and settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
+
+from torch_int4.layouts.layer import BlockLayout, KnownBlock
+from torch_int4.nn.attention import FLOATS, FusedAttention
+from torch_int4.nn.linear import Int4Linear
+
+# Classes of activations by what the operators call them.
+ACTIVATIONS = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+}
+
+
+class Parts(NamedTuple):
+    """The modules of a layer that the operators can run."""
+
+    layout: BlockLayout
+    attention: Any
+    norms: list[Any]
+    head_norms: list[Any] | None  # None where they have to be called
+    linears: list[Any]  # projections, output, gate, up, down
+    activation: str
+
+
+def find_parts(block: Any, x: Tensor, kwargs: dict[str, Any]) -> Parts | None:
+    """The modules of a layer, if the operators give what it would for x and these arguments of `forward`.
+
+    Everything in it may have changed since it was patched, and this runs for every layer and token: plain loops, no
+    generators.
+    """
+    known: KnownBlock = block.torch_int4_data
+    layout, modules = known.layout, block._modules
+    attention: Any = modules.get(layout.attention)
+    mlp: Any = modules.get(layout.mlp)
+    if not _is_fused(attention) or type(mlp) is not known.mlp or x.dtype not in FLOATS:
+        return None
+    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block.parameters())):
+        return None
+    inner, inside = attention.torch_int4_data, mlp._modules
+    norms = [modules.get(name) for name in layout.norms]
+    activation = inside.get(layout.activation)
+    kind = ACTIVATIONS.get(type(activation).__name__)
+    linears = [attention._modules.get(name) for name in inner.children[: len(inner.linears) + 1]]
+    linears += [inside.get(name) for name in layout.linears]
+    if kind is None or not _are_norms(norms, known, norms[0], x) or not _are_plain(linears, Int4Linear):
+        return None
+    if _has_any_global_hook() or block.training or mlp.training or _are_hooked((attention, mlp, activation)):
+        return None
+    if not _are_shared(linears, len(inner.linears), layout) or not attention.serves(x, kwargs):
+        return None
+    head_norms: list[Any] | None = [attention._modules.get(name) for name in inner.norms or ()]
+    if head_norms and not _are_norms(head_norms, known, norms[0], x):
+        head_norms = None
+    return Parts(layout, attention, norms, head_norms, linears, kind)
+
+
+def _is_fused(attention: Any) -> bool:
+    return isinstance(attention, FusedAttention)
+
+
+def _are_hooked(modules: Sequence[Any]) -> bool:
+    """Whether calling one of these does more than its class says."""
+    for module in modules:
+        fields = module.__dict__
+        if fields["_forward_hooks"] or fields["_forward_pre_hooks"] or "forward" in fields:
+            return True
+    return False
+
+
+def _are_plain(modules: Sequence[Any], kind: type) -> bool:
+    for module in modules:
+        if type(module) is not kind:
+            return False
+    return not _are_hooked(modules)
+
+
+def _are_norms(norms: Any, known: KnownBlock, like: Any, x: Tensor) -> bool:
+    """Whether these are the norms that we know, as yet, and agree with one of them."""
+    if not _are_plain(norms, known.norm):
+        return False
+    name, dtype = known.layout.eps, x.dtype
+    eps = getattr(like, name)
+    for norm in norms:  # noqa: SIM110 (a generator takes twice as long)
+        if norm._parameters["weight"].dtype != dtype or getattr(norm, name) != eps:
+            return False
+    return True
+
+
+def _are_shared(linears: list[Any], projections: int, layout: BlockLayout) -> bool:
+    """Whether linears with one input can take it in one form, and those of the MLP agree."""
+    first, mlp = linears[0], linears[projections + 1 :]
+    if not agree(linears) and not (agree(linears[:projections]) and agree(mlp)):
+        return False
+    for other in linears[1:projections]:
+        if not _same_perm(first, other):
+            return False
+    return layout.gate is None or _same_perm(mlp[0], mlp[1])
+
+
+def agree(linears: list[Any]) -> bool:
+    """Whether linears are of one kind, which one call can run."""
+    first = linears[0]
+    group, compute, kind = first.group_size, first.compute, first.weight_type
+    for m in linears:  # noqa: SIM110
+        if m.group_size != group or m.compute != compute or m.weight_type != kind:
+            return False
+    return True
+
+
+def _same_perm(a: Any, b: Any) -> bool:
+    """Linears were compared when they were merged."""
+    return a._buffers["perm"] is b._buffers["perm"] or (a._shared is not None and a._shared is b._shared)

@@ -1,0 +1,208 @@
+"""The operators `torch.ops.torch_int4.*`: shapes for `torch.compile` and `export`, gradients, and kernel choice.
+
+Packed weights are three tensors (see csrc/kernels/kernel.h): `weight` uint8 `[panels, lines, 64]`, `scales` float16,
+float32 or uint8 (powers of two, E8M0) `[panels, groups, 16]`, and `offsets` (uint8 zero points, or floats of the
+scales' type) or None. `weight_type` is "int4", "int8", or the name of a code book: "nf4", "fp4" or "bnb_fp4".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_int4 import _C
+from torch_int4.errors import Int4Error
+from torch_int4.ops import attention, layer
+
+_REGISTER = (_C, attention, layer)  # imported because that registers operators, or their shapes
+
+PANEL_ROWS = 16
+SLAB = 32
+
+
+def isa() -> str:
+    """Name of the kernel set in use. Raises `Int4Error` when `TORCH_INT4_ISA` names one that cannot run here."""
+    try:
+        return str(torch.ops.torch_int4.isa())
+    except RuntimeError as error:
+        raise Int4Error(_last_line(error)) from None
+
+
+def isas(*, only_supported: bool = True) -> list[str]:
+    """Names of the kernel sets that run here (or of all that were built), the preferred one first."""
+    return list(torch.ops.torch_int4.isas(only_supported).split(","))
+
+
+def set_isa(name: str) -> None:
+    """Switches to a kernel set by name; "" is the best one. Raises `Int4Error` for one that cannot run here."""
+    try:
+        torch.ops.torch_int4.set_isa(name)
+    except RuntimeError as error:
+        raise Int4Error(_last_line(error)) from None
+
+
+def _last_line(error: RuntimeError) -> str:
+    """What the operator said, without the place in the sources that LibTorch puts in front."""
+    return str(error).strip().splitlines()[-1]
+
+
+def _padded(in_features: int) -> int:
+    return -(-in_features // SLAB) * SLAB
+
+
+def _groups(in_features: int, group_size: int) -> int:
+    padded = _padded(in_features)
+    return 1 if group_size == -1 else -(-padded // min(group_size, padded))
+
+
+def check_packed(
+    packed: Tensor | None,
+    scales: Tensor | None,
+    offsets: Tensor | None,
+    perm: Tensor | None,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    weight_type: str,
+) -> None:
+    """Whether tensors are a packed weight of that shape. Raises `Int4Error`, naming the one that is not."""
+    panels = -(-out_features // PANEL_ROWS)
+    lines = _padded(in_features) * PANEL_ROWS // (64 if weight_type == "int8" else 128)
+    streams = (panels, _groups(in_features, group_size), PANEL_ROWS)
+    scale_dtypes = (torch.float16, torch.float32, torch.uint8)
+    offset_dtypes = (torch.uint8, *scale_dtypes[:2])
+    for name, tensor, dtypes, shape in (
+        ("packed", packed, (torch.uint8,), (panels, lines, 64)),
+        ("packed_scales", scales, scale_dtypes, streams),
+        ("packed_offsets", offsets, offset_dtypes, streams),
+        ("perm", perm, (torch.int64,), (in_features,)),
+    ):
+        if tensor is None and name in ("packed_offsets", "perm"):
+            continue
+        if tensor is None or tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
+            got = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+            raise Int4Error(f"{name} must be {' or '.join(map(str, dtypes))} {list(shape)}, got {got}")
+
+
+@torch.library.register_fake("torch_int4::pack")
+def _pack(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None = None,
+    offsets: Tensor | None = None,
+    *,
+    group_size: int,
+    weight_type: str = "int4",
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, inputs = codes.shape
+    panels = -(-rows // PANEL_ROWS)
+    lines = _padded(inputs) * PANEL_ROWS // (64 if weight_type == "int8" else 128)
+    streams = (panels, _groups(inputs, group_size), PANEL_ROWS)
+    given = zeros if zeros is not None else offsets
+    packed_offsets = scales.new_empty(0) if given is None else given.new_empty(streams)
+    return codes.new_empty(panels, lines, 64), scales.new_empty(streams), packed_offsets
+
+
+@torch.library.register_fake("torch_int4::unpack")
+def _unpack(
+    weight: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    *,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    weight_type: str = "int4",
+) -> tuple[Tensor, Tensor, Tensor]:
+    streams = (out_features, _groups(in_features, group_size))
+    unpacked_offsets = scales.new_empty(0) if offsets is None else offsets.new_empty(streams)
+    return weight.new_empty(out_features, in_features), scales.new_empty(streams), unpacked_offsets
+
+
+@torch.library.register_fake("torch_int4::dequantize")
+def _dequantize(
+    weight: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    perm: Tensor | None,
+    *,
+    out_features: int,
+    in_features: int,
+    group_size: int,
+    weight_type: str = "int4",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    return weight.new_empty(out_features, in_features, dtype=dtype)
+
+
+@torch.library.register_fake("torch_int4::int4_linear")
+def _int4_linear(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None = None,
+    bias: Tensor | None = None,
+    perm: Tensor | None = None,
+    *,
+    out_features: int,
+    group_size: int,
+    weight_type: str = "int4",
+    compute: str = "int8",
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype or x.dtype)
+
+
+@torch.library.register_fake("torch_int4::int4_linears")
+def _int4_linears(
+    x: Tensor,
+    weights: list[Tensor],
+    scales: list[Tensor],
+    offsets: list[Tensor | None],
+    biases: list[Tensor | None],
+    perm: Tensor | None = None,
+    *,
+    out_features: list[int],
+    group_size: int,
+    weight_type: str = "int4",
+    compute: str = "int8",
+    out_dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    return [x.new_empty((*x.shape[:-1], rows), dtype=out_dtype or x.dtype) for rows in out_features]
+
+
+# The gradient with respect to x and the bias, so that adapters train on top; the quantized weight gets none. It is
+# that of the dequantized weight: rounding of the activations is treated as the identity (straight through).
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
+    x, weight, scales, offsets, bias, perm = inputs
+    ctx.save_for_backward(weight, scales, offsets, perm)
+    ctx.in_features, ctx.x_dtype = x.shape[-1], x.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.options = {name: keyword_only_inputs[name] for name in ("out_features", "group_size", "weight_type")}
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight, scales, offsets, perm = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        dense = torch.ops.torch_int4.dequantize(
+            weight, scales, offsets, perm, in_features=ctx.in_features, dtype=grad.dtype, **ctx.options
+        )
+        grad_x = (grad @ dense).to(ctx.x_dtype)
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[4]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return grad_x, None, None, None, grad_bias, None
+
+
+torch.library.register_autograd("torch_int4::int4_linear", _backward, setup_context=_save)
+
+
+def _no_gradient(ctx: Any, *grads: Any) -> None:
+    raise Int4Error("int4_linears is for inference; call int4_linear for each weight where gradients are needed")
+
+
+torch.library.register_autograd("torch_int4::int4_linears", _no_gradient)

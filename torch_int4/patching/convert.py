@@ -1,0 +1,123 @@
+"""Float linears of a model, and those of other backends, one after another into int4 ones."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from torch_int4 import recipes
+from torch_int4.calibration.data import Calibration
+from torch_int4.calibration.run import CalibratedPass
+from torch_int4.config import Int4Config
+from torch_int4.errors import Int4Error
+from torch_int4.nn.linear import Int4Linear
+from torch_int4.patching import families
+from torch_int4.patching import foreign as _foreign
+from torch_int4.patching import hooks as _hooks
+from torch_int4.patching import scan as _scan
+from torch_int4.patching.report import PatchedLinear, PatchReport
+from torch_int4.patching.scan import Target
+from torch_int4.weights.canonical import Int4Weight
+
+ItemT = TypeVar("ItemT")
+
+
+def calibrated_pass(
+    model: nn.Module,
+    targets: list[Target],
+    config: Int4Config,
+    by_module: dict[int, families.Family],
+    data: tuple[Any, Any],
+    progress: bool | None,
+) -> CalibratedPass | None:
+    """The pass over calibration data, if the recipe needs one or the user gave data that it can use."""
+    recipe = recipes.parse(config.recipe)
+    four_bits = [target for target in targets if target.bits == 4]
+    if not four_bits or not (recipe.needs_calibration or (data[0] is not None and recipe.configure(config).clip)):
+        return None
+    chosen = {target.name: (target.module, target.bits) for target in targets if target.module is not None}
+    facts = {key: family.folds for key, family in by_module.items() if family.folds}
+    return CalibratedPass(model, chosen, facts, config, Calibration.of(*data), progress)
+
+
+def convert_foreign(
+    foreign: list[_foreign.Foreign], config: Int4Config, report: PatchReport, progress: bool | None
+) -> None:
+    """Take over the linears of other backends, one after another."""
+    for done, target in enumerate(_with_progress(foreign, progress)):
+        try:
+            _foreign.convert(target, config, report)
+        except Exception as error:
+            state = f"after {done} of {len(foreign)} linears, so the model must be loaded again" if done else "at once"
+            raise Int4Error(f"{target.name}: taking it over from its backend failed {state}: {error}") from error
+
+
+def convert_all(
+    targets: list[Target],
+    config: Int4Config,
+    report: PatchReport,
+    progress: bool | None,
+    calibrated: CalibratedPass | None,
+) -> None:
+    """Quantize linears and put the int4 ones in their places, one after another."""
+    done = 0
+    try:
+        for target, weight in _weights(targets, config, progress, calibrated):
+            report.linears.append(_replace(target, weight, config))
+            done += 1
+    except Exception as error:
+        raise Int4Error(
+            f"{targets[done].name}: conversion failed after {done} of {len(targets)} linears, so the model is "
+            f"half int4 and must be loaded again: {error}"
+        ) from error
+    if calibrated is not None:
+        report.notices += calibrated.notices
+
+
+def _weights(
+    targets: list[Target], config: Int4Config, progress: bool | None, calibrated: CalibratedPass | None
+) -> Iterator[tuple[Target, Int4Weight]]:
+    """Every target with its quantized weight: those in blocks from the pass over data, then all others."""
+    by_name = {target.name: target for target in targets}
+    if calibrated is not None:
+        for name, weight in calibrated.weights():
+            yield by_name.pop(name), weight
+    rounding = recipes.parse(config.recipe).rounding if calibrated is None else recipes.get("rtn")
+    for target in _with_progress(list(by_name.values()), progress and calibrated is None):
+        old = target.module
+        assert old is not None
+        assert isinstance(old.weight, Tensor)
+        dense = old.weight.detach().t() if _scan.is_conv1d(old) else old.weight.detach()
+        recipe = rounding if target.bits == 4 else recipes.get("rtn")
+        yield target, recipe.quantize(dense, config, bits=target.bits, name=target.name)
+
+
+def _replace(target: Target, quantized: Int4Weight, config: Int4Config) -> PatchedLinear:
+    """Put the new module into every place of a linear, and let go of the old one."""
+    old = target.module
+    assert old is not None
+    assert isinstance(old.weight, Tensor)
+    weight = old.weight.detach()
+    before = weight.numel() * weight.element_size()
+    rows, inputs = quantized.codes.shape
+    bias = old.bias if isinstance(old.bias, Tensor) else None
+    new = Int4Linear.from_weight(quantized, bias, compute=config.compute, dtype=weight.dtype)
+    _hooks.replace(old, new, target.places)
+    target.module = None
+    after = new.nbytes
+    return PatchedLinear(target.name, rows, inputs, target.bits, before, after, target.shared)
+
+
+def _with_progress(items: list[ItemT], show: bool | None) -> Iterator[ItemT]:
+    """The items, counted on the standard error output."""
+    if show is None:
+        show = sys.stderr is not None and sys.stderr.isatty()
+    for done, item in enumerate(items):
+        if show:
+            print(f"\rtorch_int4: {done}/{len(items)} linears", end="", file=sys.stderr, flush=True)
+        yield item
+    if show and items:
+        print(f"\rtorch_int4: {len(items)}/{len(items)} linears", file=sys.stderr)

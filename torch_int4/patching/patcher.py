@@ -1,0 +1,168 @@
+"""`patch`: replace the linears of a model in place, layer by layer."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from typing import Any, TypeVar
+
+from torch import nn
+
+from torch_int4.config import Int4Config
+from torch_int4.errors import Int4Error
+from torch_int4.nn.linear import Int4Linear
+from torch_int4.nn.shared_input import merge_inputs
+from torch_int4.patching import convert as _convert
+from torch_int4.patching import embedding as _embedding
+from torch_int4.patching import families
+from torch_int4.patching import foreign as _foreign
+from torch_int4.patching import fuse_attention as _attention
+from torch_int4.patching import fuse_layers as _block
+from torch_int4.patching import fuse_stack as _stack
+from torch_int4.patching import scan as _scan
+from torch_int4.patching import ties as _ties
+from torch_int4.patching.report import PatchReport
+from torch_int4.patching.scan import Target
+from torch_int4.weights import arena
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def patch(
+    model: ModelT,
+    config: Int4Config | None = None,
+    *,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    family: families.Family | str | None = None,
+    progress: bool | None = None,
+    **overrides: Any,
+) -> ModelT:
+    """Replace the linears of `model` by int4 ones, in place, and return it.
+
+    Every `nn.Linear` is replaced (and GPT-2's `Conv1D`), the projection onto the vocabulary and the
+    embeddings as the config says. Linears that another backend has loaded (GPTQ, AWQ, AutoRound, compressed-tensors,
+    bitsandbytes, HQQ, torchao, GGUF) are taken over as they are, with the codes and groups that they have. Attention
+    runs in fused operators over a managed KV cache, where the model is of a kind that we know; else it stays what it
+    was. Float weights are freed layer by layer, so that at most one layer is held in both forms. What was
+    done is measured in `model.torch_int4_report`, which can be printed.
+    Everything is checked before anything is changed. Patching a model again with the same config does nothing.
+
+    Args:
+        model: any module on the CPU, with weights loaded.
+        config: how to quantize; `Int4Config()` by default.
+        calibration: what recipes that need data look at: texts, a `Dataset`, token ids, a DataLoader, or a
+            `Calibration` that also says how much of it; a built-in text, with a warning, where nothing is given.
+            Recipes that need no data use it for the clip search.
+        tokenizer: for calibration with texts.
+        family: facts about the model's modules, a `Family` or the name of one; by default found by
+            `model.config.model_type`, and generic where that is unknown.
+        progress: show a progress bar; by default where the standard error output is a terminal.
+        **overrides: fields of `Int4Config`, changed in `config`.
+
+    Raises:
+        Int4Error: naming the module and the reason, with the model unchanged. If a conversion fails
+            nevertheless (out of memory), it says that the model has to be loaded again.
+    """
+    config = Int4Config.with_overrides(config, **overrides)
+    given = families.resolve(family)
+    if not isinstance(model, nn.Module):
+        raise Int4Error(f"patch() needs a torch.nn.Module; got {type(model).__name__}")
+    report = _previous_report(model, config) or PatchReport(config)
+
+    by_module = families.of_modules(model, given)
+    targets, skipped = _scan.find_targets(model, config, _scan.find_head(model, by_module[id(model)]))
+    foreign = _foreign.find(model, config)
+    taken = {name for target in foreign for name in target.names}
+    skipped = [entry for entry in skipped if entry[0] not in taken]
+    embeddings, kept = _embedding.find(model, config, targets)
+    if not targets and not foreign and not any(isinstance(m, Int4Linear) for m in model.modules()):
+        raise Int4Error(_nothing_to_do(model, skipped))
+
+    calibrated = _convert.calibrated_pass(model, targets, config, by_module, (calibration, tokenizer), progress)
+    if targets or foreign or embeddings or not report.complete:
+        report.complete = False
+        model.torch_int4_report = report  # type: ignore[assignment]
+        ties = _ties.record(model)
+        try:
+            _convert.convert_foreign(foreign, config, report, progress)
+            _convert.convert_all(targets, config, report, progress, calibrated)
+        finally:  # also after a failure the rest has to stay consistent
+            done: list[Target | _foreign.Foreign] = [*targets, *foreign]
+            replaced = {name for target in done if target.module is None for name in target.names}
+            _ties.forget(model, ties, replaced)
+        while embeddings:
+            _embedding.store_bf16(*embeddings.pop(), report)
+        arena.gather(module for module in model.modules() if isinstance(module, Int4Linear))
+        if foreign:
+            _foreign.forget_backend(model)
+        report.merged += _merge(model, by_module)
+        fused, interfaces = _attention.fuse(model, by_module, config)
+        report.fused += fused
+        report.interfaces += interfaces
+        report.blocks += _block.fuse(model, by_module)
+        _stack.fuse(model)
+        report.skipped = skipped + kept
+        report.complete = True
+        _make_saveable(model, config)
+        arena.return_memory()
+    return model
+
+
+def _previous_report(model: nn.Module, config: Int4Config) -> PatchReport | None:
+    """The report of an earlier patch of this model; that of it or of a part must have the same config."""
+    for name, module in model.named_modules():
+        report = getattr(module, "torch_int4_report", None)
+        if isinstance(report, PatchReport) and report.config != config:
+            where = name or type(model).__name__
+            raise Int4Error(
+                f"{where}: is patched already, with {report.config}, and its float weights are gone. "
+                "To use another config, load the model again and patch that"
+            )
+    report = getattr(model, "torch_int4_report", None)
+    return report if isinstance(report, PatchReport) else None
+
+
+def _nothing_to_do(model: nn.Module, skipped: list[tuple[str, str]]) -> str:
+    kind = type(model).__name__
+    if isinstance(model, nn.Linear):
+        return f"{kind}: cannot be replaced in place; put it into a module, or use Int4Linear.from_weight"
+    if not skipped:
+        return f"{kind}: has no nn.Linear, so there is nothing to patch"
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
+    return f"{kind}: none of its {len(skipped)} linears can be patched ({reasons})"
+
+
+def _merge(model: nn.Module, by_module: dict[int, families.Family]) -> int:
+    """Merge linears that share an input, where a whole group is int4; the number of groups."""
+    count = 0
+    holders = Counter(id(child) for parent in model.modules() for child in parent._modules.values())
+    for parent in model.modules():
+        family = by_module.get(id(parent))
+        if family is None or any(name in parent._modules for name in family.not_shared_beside):
+            continue
+        for group in family.shared_inputs:
+            found = [_descendant(parent, name) for name in group]
+            linears = [m for m in found if isinstance(m, Int4Linear) and _may_merge(m) and holders[id(m)] == 1]
+            if len(linears) == len(group) and merge_inputs(linears):
+                count += 1
+    return count
+
+
+def _descendant(module: nn.Module, path: str) -> nn.Module | None:
+    found: nn.Module | None = module
+    for name in path.split("."):
+        found = found._modules.get(name) if found is not None else None
+    return found
+
+
+def _may_merge(linear: Int4Linear) -> bool:
+    """Whether a linear is not merged yet and gets its parent's input: a hook may give it another one."""
+    return linear._shared is None and not linear._forward_pre_hooks
+
+
+def _make_saveable(model: nn.Module, config: Int4Config) -> None:
+    if "transformers" in sys.modules:  # else there is nothing of theirs
+        from torch_int4.hf import make_saveable
+
+        make_saveable(model, config)

@@ -1,0 +1,106 @@
+"""What a patch did to a model, measured; kept as `model.torch_int4_report`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch_int4.config import Int4Config
+
+MB = 1e6
+
+
+@dataclass(frozen=True)
+class PatchedLinear:
+    """One linear, and the bytes of its weight before and after, with scales and padding, without bias."""
+
+    name: str
+    out_features: int
+    in_features: int
+    bits: int
+    bytes_before: int
+    bytes_after: int
+    shared: bool = False  # the float weight stays, because an embedding or another module uses it
+
+    @property
+    def weights(self) -> int:
+        """How many weights it has."""
+        return self.out_features * self.in_features
+
+
+@dataclass
+class PatchReport:
+    """Linears patched and left, and their memory.
+
+    Attributes:
+        config: how the model was quantized.
+        linears: one entry per linear that was replaced.
+        merged: operator calls that serve several linears with the same input.
+        fused: attention modules that run fused.
+        blocks: decoder layers that run fused around their attention.
+        interfaces: decoders that call our attention by transformers' attention interface.
+        skipped: (name, reason) of every linear and embedding left in float.
+        embeddings: (name, bytes before, bytes after) of embeddings stored in fewer bytes.
+        notices: what the recipe could not do.
+        complete: False while patching, and when it failed half way.
+    """
+
+    config: Int4Config
+    linears: list[PatchedLinear] = field(default_factory=list)
+    merged: int = 0
+    fused: int = 0
+    blocks: int = 0
+    interfaces: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    embeddings: list[tuple[str, int, int]] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    complete: bool = False
+
+    def _chosen(self, bits: int | None) -> list[PatchedLinear]:
+        return [entry for entry in self.linears if bits is None or entry.bits == bits]
+
+    def bytes_before(self, bits: int | None = None) -> int:
+        """Bytes of the float weights in their own dtype; of linears with that many bits only, if given."""
+        return sum(entry.bytes_before for entry in self._chosen(bits))
+
+    def bytes_bf16(self, bits: int | None = None) -> int:
+        """Bytes that the same weights take in bf16."""
+        return sum(2 * entry.weights for entry in self._chosen(bits))
+
+    def bytes_after(self, bits: int | None = None) -> int:
+        """Bytes of the packed weights with scales, offsets and padding."""
+        return sum(entry.bytes_after for entry in self._chosen(bits))
+
+    def bits_per_weight(self, bits: int | None = None) -> float:
+        """Bits per weight in memory, 0 when there is no such linear."""
+        weights = sum(entry.weights for entry in self._chosen(bits))
+        return 8 * self.bytes_after(bits) / weights if weights else 0.0
+
+    def __str__(self) -> str:
+        lines = []
+        for bits in (4, 8):
+            chosen = self._chosen(bits)
+            if chosen:
+                ratio = self.bytes_after(bits) / self.bytes_bf16(bits)
+                lines.append(
+                    f"int{bits}: {len(chosen)} linears, {self.bytes_before(bits) / MB:.1f} MB -> "
+                    f"{self.bytes_after(bits) / MB:.1f} MB "
+                    f"({self.bits_per_weight(bits):.2f} bits per weight, {ratio:.3f} of bf16)"
+                )
+        if self.merged:
+            lines.append(f"merged: {self.merged} operator calls serve linears with a shared input")
+        if self.fused:
+            lines.append(f"attention: {self.fused} modules fused, KV cache in {self.config.kv_cache}")
+            if self.blocks:
+                lines.append(f"decoder layers: {self.blocks} fused")
+        elif self.interfaces:
+            lines.append("attention: by transformers' attention interface")
+        for entry in self.linears:
+            if entry.shared:
+                lines.append(f"{entry.name}: its float weight stays in memory, because another module uses it")
+        for name, before, after in self.embeddings:
+            lines.append(f"{name}: embedding in bf16, {before / MB:.1f} MB -> {after / MB:.1f} MB")
+        lines += self.notices
+        lines += [f"left in float: {name}: {reason}" for name, reason in self.skipped]
+        if not self.complete:
+            lines.append("INCOMPLETE: patching failed half way; load the model again")
+        return "\n".join(lines)

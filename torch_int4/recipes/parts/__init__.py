@@ -1,0 +1,1 @@
+"""What the stages of recipes share: blocks with statistics of their inputs, grids, folds, training."""

@@ -1,0 +1,1 @@
+"""Finding the cheapest recipe that keeps the loss: scores, paired errors, sensitivity, `autotune`."""

@@ -1,0 +1,1 @@
+"""Quantized weights: the canonical form, the packed form, and files of packed weights."""

@@ -1,0 +1,187 @@
+"""`Int4Weight`: the canonical form of a quantized weight, which no ISA and no file format shows through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torch_int4.errors import Int4Error
+
+SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
+CODEBOOKS = ("nf4", "fp4", "bnb_fp4")  # files of our own form hold the index: append only
+
+
+def group_spans(inputs: int, group_size: int) -> Iterator[tuple[slice, slice, int]]:
+    """The columns of a row as (columns, groups, inputs per group): all full groups first, then a shorter
+    last one.
+
+    Each span can be viewed as `[N, groups, inputs per group]` without padding.
+    """
+    size = inputs if group_size == -1 else min(group_size, inputs)
+    full = inputs // size
+    yield slice(0, full * size), slice(0, full), size
+    if inputs % size:
+        yield slice(full * size, inputs), slice(full, full + 1), inputs % size
+
+
+@dataclass
+class Int4Weight:
+    """Codes with scales and offsets per group of inputs; N outputs, K inputs, G = ceil(K / group_size)
+    groups.
+
+    w[n, k] = scales * (codes - zero), or scales * codes + offsets, with the scale and offset of k's group.
+    Products and sums are single fp32 operations, so that a float weight that lies on such a grid comes back
+    bit by bit.
+
+    Attributes:
+        codes: uint8 `[N, K]`; 0..15, or 0..255 when `bits == 8`.
+        scales: fp32, fp16 or bf16 `[N, G]`; a scale may be negative or zero. Or uint8: 2^(scale - 127), the shared
+            exponents (E8M0) of MXFP4, which is the code book "fp4" with such scales and groups of 32.
+        zeros: uint8 `[N, G]` integer zero points, or None.
+        offsets: `[N, G]` in the scales' dtype, the weight of code 0, or None.
+            With neither, the weight is symmetric: the zero point is 8, or 128 when `bits == 8`.
+        perm: int64 `[K]` or None. Column k of the codes belongs to column `perm[k]` of the input.
+        group_size: inputs per group along the columns of the codes, or -1 for one group per row.
+        bits: 4 or 8.
+        codebook: None, or the name of 16 values that 4-bit codes point to: "nf4" (QLoRA, arXiv 2305.14314), "fp4"
+            (E2M1 of the OCP Microscaling formats) or "bnb_fp4" (what bitsandbytes calls FP4).
+            Then w = scales * value[codes], without zeros or offsets.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None = None
+    offsets: Tensor | None = None
+    perm: Tensor | None = None
+    group_size: int = 32
+    bits: int = 4
+    codebook: str | None = None
+
+    @property
+    def out_features(self) -> int:
+        """Outputs, N."""
+        return self.codes.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Inputs, K."""
+        return self.codes.shape[1]
+
+    @property
+    def groups(self) -> int:
+        """Groups of a row, G."""
+        return 1 if self.group_size == -1 else -(-self.in_features // self.group_size)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per weight with scales, offsets and permutation, before any padding."""
+        extra = [t for t in (self.scales, self.zeros, self.offsets, self.perm) if t is not None]
+        return self.bits + sum(8 * t.numel() * t.element_size() for t in extra) / self.codes.numel()
+
+    def validate(self, name: str = "weight") -> Int4Weight:
+        """Check everything that kernels rely on, and return self.
+
+        Raises:
+            Int4Error: naming `name`, the tensor and the reason.
+        """
+        self._check_codes(name)
+        self._check_scales(name)
+        self._check_offsets(name)
+        self._check_perm(name)
+        return self
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The float weight `[N, K]`, columns in the order of the input (the permutation undone)."""
+        out = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
+        for columns, groups, size in group_spans(self.in_features, self.group_size):
+            codes = self.codes[:, columns].unflatten(1, (-1, size))
+            scales = self._float_scales()[:, groups, None]
+            if self.codebook is not None:
+                values = torch.ops.torch_int4.codebook(self.codebook)[codes.long()].mul_(scales)
+            elif self.offsets is not None:
+                values = (scales * codes).add_(self.offsets[:, groups, None].float())
+            else:
+                zeros = 1 << (self.bits - 1) if self.zeros is None else self.zeros[:, groups, None].float()
+                values = (codes.float() - zeros).mul_(scales)
+            out[:, columns] = values.flatten(1)
+        if self.perm is None:
+            return out
+        ordered = torch.empty_like(out)
+        ordered[:, self.perm] = out
+        return ordered
+
+    def _float_scales(self) -> Tensor:
+        if self.scales.dtype != torch.uint8:
+            return self.scales.float()
+        exponents = self.scales.int()
+        return torch.where(exponents == 0, 0x00400000, exponents << 23).view(torch.float32)
+
+    def _check_codes(self, name: str) -> None:
+        if self.bits not in (4, 8):
+            raise Int4Error(f"{name}: bits must be 4 or 8, got {self.bits!r}")
+        _check(name, "codes", self.codes, (torch.uint8,), None)
+        if self.codes.dim() != 2 or self.codes.numel() == 0:
+            raise Int4Error(f"{name}: codes must be [N, K] with N, K > 0, got shape {list(self.codes.shape)}")
+        if self.bits == 4 and int(self.codes.max()) > 15:
+            raise Int4Error(f"{name}: codes must be 0..15, found {int(self.codes.max())}")
+        size = self.group_size
+        if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
+            raise Int4Error(f"{name}: group_size must be positive, or -1 for one group per row; got {size!r}")
+
+    def _check_scales(self, name: str) -> None:
+        _check(name, "scales", self.scales, SCALE_DTYPES, (self.out_features, self.groups), self.codes.device)
+        finite = (self.scales != 255) if self.scales.dtype == torch.uint8 else torch.isfinite(self.scales)
+        if not bool(finite.all()):
+            raise Int4Error(f"{name}: scales hold NaN or infinity")
+        if self.codebook is not None and (self.codebook not in CODEBOOKS or self.bits != 4):
+            raise Int4Error(
+                f"{name}: codebook must be one of {', '.join(CODEBOOKS)}, with 4 bits; got {self.codebook!r}"
+            )
+
+    def _check_offsets(self, name: str) -> None:
+        shape = (self.out_features, self.groups)
+        if self.zeros is not None and self.offsets is not None:
+            raise Int4Error(f"{name}: has both zeros and offsets; give one of them, or neither when symmetric")
+        if self.codebook is not None and (self.zeros is not None or self.offsets is not None):
+            raise Int4Error(f"{name}: a weight with a codebook has neither zeros nor offsets")
+        if self.offsets is not None and self.scales.dtype == torch.uint8:
+            raise Int4Error(f"{name}: offsets need scales that are floats, and these are exponents (uint8)")
+        if self.zeros is not None:
+            _check(name, "zeros", self.zeros, (torch.uint8,), shape, self.codes.device)
+            if self.bits == 4 and int(self.zeros.max()) > 15:
+                raise Int4Error(f"{name}: zeros must be 0..15, found {int(self.zeros.max())}")
+        if self.offsets is not None:
+            _check(name, "offsets", self.offsets, (self.scales.dtype,), shape, self.codes.device)
+            if not bool(torch.isfinite(self.offsets).all()):
+                raise Int4Error(f"{name}: offsets hold NaN or infinity")
+
+    def _check_perm(self, name: str) -> None:
+        if self.perm is None:
+            return
+        _check(name, "perm", self.perm, (torch.int64,), (self.in_features,), self.codes.device)
+        order = torch.arange(self.in_features, device=self.perm.device)
+        if not torch.equal(self.perm.sort().values, order):
+            raise Int4Error(f"{name}: perm is not a permutation of 0..{self.in_features - 1}")
+
+
+def _check(
+    name: str,
+    field: str,
+    tensor: Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int, ...] | None,
+    device: torch.device | None = None,
+) -> None:
+    if not isinstance(tensor, Tensor):
+        raise Int4Error(f"{name}: {field} must be a tensor, got {type(tensor).__name__}")
+    if tensor.is_meta:
+        raise Int4Error(f"{name}: {field} is on the meta device and has no values; load the weights first")
+    if device is not None and tensor.device != device:
+        raise Int4Error(f"{name}: {field} is on {tensor.device}, codes are on {device}; move them to one device")
+    if tensor.dtype not in dtypes:
+        raise Int4Error(f"{name}: {field} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+    if shape is not None and tuple(tensor.shape) != shape:
+        raise Int4Error(f"{name}: {field} must have shape {list(shape)}, got {list(tensor.shape)}")
