@@ -1,4 +1,4 @@
-"""The table of docs/formats.md: for each format a linear made by its own tool, or of random bytes, and read by us.
+"""The table of docs/measurements/formats.md: for each format a linear, of its own tool or random bytes, read by us.
 
 The error is that of our product (compute="fp32", so that only the reading counts) against the product with the tool's
 own dequantized weight: norm of the difference over norm of the result. Run:

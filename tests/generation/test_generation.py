@@ -1,6 +1,6 @@
 """Patched models generate as float models do that hold the same weights: ways of decoding, and what they record.
 
-These are the behaviours that transformers asks of every model that generates; docs/generation.md lists them.
+These are the behaviours that transformers asks of every model that generates; docs/guides/generation.md lists them.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""docs/generation.md says what the tests of generation hold models to."""
+"""docs/guides/generation.md says what the tests of generation hold models to."""
 
 import importlib
 import os
@@ -8,7 +8,7 @@ from behaviours import END, FUSED, REFUSED, ROWS, START, table
 from generating import NAMES
 
 HERE = Path(__file__).parent
-PAGE = HERE.parents[1] / "docs" / "generation.md"
+PAGE = HERE.parents[1] / "docs" / "guides" / "generation.md"
 
 
 def load_rows():

@@ -1,4 +1,4 @@
-"""Ways of generating, as rows of the table in docs/generation.md: a test says what to expect, and is held to it."""
+"""Ways of generating, rows of the table in docs/guides/generation.md: a test says what to expect, and is held to it."""
 
 import dataclasses
 import functools

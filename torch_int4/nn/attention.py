@@ -129,15 +129,16 @@ class FusedAttention(StockAttention):
 def attend(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool, scale: float, softcap: float = 0.0
 ) -> Tensor:
-    """Attention over the keys that a cache of transformers hands out.
+    """Attention over the keys that a cache of transformers hands out, `[batch, tokens, heads, value head size]`.
 
     Args:
-        query: `[batch, tokens, heads, head size]`; the result is alike, with the size of a value head.
-        key: `[batch, kv heads, keys, head size]`, as is value with its own size.
+        query: `[batch, tokens, heads, head size]`, of a float type.
+        key: `[batch, kv heads, keys, head size]`.
+        value: `[batch, kv heads, keys, value head size]`.
         mask: `[batch or 1, heads or 1, tokens or 1, keys]`, bool (True attends) or float (added), or None.
-        causal: what no mask means for several tokens. One token sees all keys.
+        causal: whether several tokens without a mask see only the keys up to their own. A single token sees all keys.
         scale: factor of the scores.
-        softcap: where the scores are capped, 0 for nowhere.
+        softcap: bound of the scores, by a tanh; 0 leaves them unbounded.
     """
     tokens = query.shape[1]
     causal = causal and mask is None and tokens > 1

@@ -1,15 +1,23 @@
 """Round to nearest: every weight takes the nearest point of its group's grid; no data is needed.
 
 The grid of a group, where `extreme` is the signed weight of largest magnitude:
-    symmetric          w = s*(q - 8),   s = extreme / -8, so that the larger side may use -8 (as GGUF Q4_0
-    does) zeros="integer"    w = s*(q - z),   s = (max - min) / 15 with min <= 0 <= max, z = round(-min / s)
-    zeros="float"      w = s*q + m,     s = (max - min) / 15, m = min (as GGUF Q4_1 does) bits=8
-    w = s*(q - 128), s = absmax / 127, always symmetric
+
+    ===============  ===============  ======================================================================
+    field            grid             parameters of a group
+    ===============  ===============  ======================================================================
+    symmetric=True   w = s*(q - 8)    s = extreme / -8, so that the larger side may use -8 (as in GGUF Q4_0)
+    zeros="integer"  w = s*(q - z)    s = (max - min) / 15 with min <= 0 <= max, z = round(-min / s)
+    zeros="float"    w = s*q + m      s = (max - min) / 15, m = min (as in GGUF Q4_1)
+    bits=8           w = s*(q - 128)  s = absmax / 127, always symmetric
+    ===============  ===============  ======================================================================
+
 Codes are computed with the scale and offset as they are stored (fp16 where it loses nothing that matters).
 Weights that already lie on such a grid, because they came out of a 4-bit file, are taken over exactly, also
-where a group uses only some of its 16 codes. Clip search: per group, the shrink factor with the least
-squared weight error (section 3.2 of arXiv 2311.00502 lists such recipes), or, with calibration, the least
-squared error of the products, from the Gram matrix of the group's inputs.
+where a group uses only some of its 16 codes.
+
+The clip search takes, per group, the shrink factor with the least squared weight error (section 3.2 of arXiv
+2311.00502 lists such recipes), or, with calibration, the least squared error of the products, from the Gram
+matrix of the group's inputs.
 """
 
 from __future__ import annotations

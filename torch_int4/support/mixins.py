@@ -56,7 +56,7 @@ def _make(mixin: type[Mixin], base: type, data: Any) -> Any:
 
 
 def _as(base: Any, mixin: Any) -> Callable[..., Any]:
-    """The mixin's `forward`, which takes any arguments, for who asks what the stock one takes."""
+    """The mixin's `forward` with the signature of the stock one, for callers that inspect which arguments it takes."""
 
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
