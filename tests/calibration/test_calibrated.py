@@ -12,7 +12,7 @@ from tiny_models import dequantized, int4s, logits
 from torch import nn
 
 from torch_int4 import Int4Config, Int4Error, patch, recipes
-from torch_int4.calibration.data import run as calibrated_module
+from torch_int4.calibration import run as calibrated_module
 from torch_int4.calibration.capture import Tape
 from torch_int4.calibration.run import CalibratedPass, find_blocks
 from torch_int4.patching import families
