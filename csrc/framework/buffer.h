@@ -16,6 +16,8 @@ class Buffer {
  public:
   template <class T>
   T* get(int64_t count) {
+    constexpr int64_t kMost = int64_t(1) << 56;  // of elements; more is arithmetic that went wrong
+    if (count < 0 || count > kMost) throw std::bad_alloc();
     const size_t bytes = size_t(count) * sizeof(T);
     if (bytes > capacity_) {
       data_.reset();

@@ -30,7 +30,7 @@ Tensor attention_op(const Tensor& query, const Tensor& key, const Tensor& value,
   a.scale = float(scale);
   a.softcap = float(softcap);
   a.causal = causal;
-  a.window = window;
+  a.window = window < a.length ? window : 0;  // one that reaches all keys is none, and cannot overflow
   Tensor output = torch::stable::new_empty(query, {a.batch, a.tokens, a.query.heads, a.values.dim});
   a.output = output.mutable_data_ptr();
   attention(a, parallel);
@@ -67,15 +67,11 @@ Tensor rotary_append_op(const Tensor& query, const Tensor& key, const Tensor& va
   a.value_cache = view_cache(value_cache, "value_cache", value_scales, "value_scales", a.value, a);
   a.capacity = key_cache.size(2);
   check_same(value_cache, "value_cache", 2, a.capacity, "the capacity of key_cache");
-  check_length(length);
-  auto* tokens = static_cast<int64_t*>(length.mutable_data_ptr());
-  a.length = *tokens;
-  STD_TORCH_CHECK(a.length >= 0 && a.length + a.tokens <= a.capacity, "torch_int4: the cache holds ", a.length, " of ",
-                  a.capacity, " tokens (its capacity); ", a.tokens, " more do not fit. Use a larger cache");
+  a.length = check_room(length, a.tokens, a.capacity);
   Tensor rotated = torch::stable::new_empty(query, {a.batch, a.tokens, a.query.heads, a.query.dim});
   a.rotated = rotated.mutable_data_ptr();
   if (a.batch * a.tokens > 0) rotary_append(a, parallel);
-  *tokens += a.tokens;
+  *static_cast<int64_t*>(length.mutable_data_ptr()) = a.length + a.tokens;
   return rotated;
 }
 

@@ -8,10 +8,17 @@ void check_view(const Tensor& t, const char* name, int64_t dims) {
                   shape_text(t));
   STD_TORCH_CHECK(t.size(dims - 1) == 1 || t.stride(dims - 1) == 1 || t.numel() == 0,
                   "torch_int4: the last dimension of ", name, " must have stride 1; call .contiguous()");
+  check_stored(t, name);
+}
+
+static void check_head_size(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.size(3) <= kMaxHeadSize, "torch_int4: ", name, " has heads of ", t.size(3),
+                  " features, which is more than ", kMaxHeadSize);
 }
 
 HeadsView view_heads(const Tensor& t, const char* name) {
   check_view(t, name, 4);
+  check_head_size(t, name);
   return {t.const_data_ptr(), float_type(t.scalar_type(), name), t.size(2), t.size(3), t.stride(0), t.stride(1),
           t.stride(2)};
 }
@@ -61,6 +68,7 @@ void check_length(const Tensor& length) { check_tensor(length, "length", ScalarT
 
 KeysView view_keys(const Tensor& t, const char* name, const OptionalTensor& scales, const char* scales_name) {
   check_view(t, name, 4);
+  check_head_size(t, name);
   check_scales(scales, scales_name, t);
   KeysView view{t.const_data_ptr(), t.size(3), t.stride(0), t.stride(1), t.stride(2), nullptr, 0, 0};
   if (scales) {
@@ -69,6 +77,15 @@ KeysView view_keys(const Tensor& t, const char* name, const OptionalTensor& scal
     view.scale_head_stride = scales->stride(1);
   }
   return view;
+}
+
+int64_t check_room(const Tensor& length, int64_t tokens, int64_t capacity) {
+  check_length(length);
+  const int64_t held = *static_cast<const int64_t*>(length.const_data_ptr());
+  // Not held + tokens, which may be beyond the largest number.
+  STD_TORCH_CHECK(held >= 0 && held <= capacity - tokens, "torch_int4: length says that the cache holds ", held, " of ",
+                  capacity, " tokens (its capacity); ", tokens, " more do not fit. Use a larger cache");
+  return held;
 }
 
 int64_t valid_keys(const OptionalTensor& length, int64_t keys) {

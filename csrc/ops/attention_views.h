@@ -7,11 +7,16 @@ namespace torch_int4 {
 
 constexpr int64_t kMaxKeys = int64_t(1) << 24;  // key indices are exact as floats
 
-// A CPU tensor of so many dimensions, the last of stride 1.
+constexpr int64_t kMaxHeadSize = int64_t(1) << 16;
+
+// A CPU tensor of so many dimensions, the last of stride 1, with its memory.
 void check_view(const Tensor& t, const char* name, int64_t dims);
 void check_same(const Tensor& t, const char* name, int64_t dim, int64_t expected, const char* what);
 void check_same_type(const Tensor& t, const char* name, const Tensor& other, const char* other_name);
 void check_length(const Tensor& length);
+
+// The tokens that `length` says are in a cache, where so many more fit.
+int64_t check_room(const Tensor& length, int64_t tokens, int64_t capacity);
 
 CacheType cache_type(const Tensor& t, const char* name);
 HeadsView view_heads(const Tensor& t, const char* name);

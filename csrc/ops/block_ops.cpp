@@ -69,7 +69,7 @@ Tensor linear_add(const Tensor& x, const Tensor& residual, const Tensor& weight,
                   const OptionalTensor& offsets, const OptionalTensor& bias, const OptionalTensor& perm,
                   int64_t out_features, int64_t group_size, std::string type, std::string compute) {
   const PackedWeight w = view_weight(weight, scales, offsets, out_features, input_features(x), group_size, type);
-  const Tensor contiguous = make_contiguous(residual);
+  const Tensor contiguous = make_contiguous(residual, "residual");
   return apply(x, {w}, {bias}, perm, compute, std::nullopt, nullptr, view_residual(contiguous, x, out_features))[0];
 }
 
@@ -105,7 +105,7 @@ Tensor mlp_op(const Tensor& x, const OptionalTensor& residual, const OptionalTen
   m.activation = activation_type(activation);
   const Compute how = compute_type(compute);
   const int64_t features = out_features[count - 1];
-  const Tensor added = residual ? make_contiguous(*residual) : x;
+  const Tensor added = residual ? make_contiguous(*residual, "residual") : x;
   const void* residual_data = residual ? view_residual(added, x, features) : nullptr;
   Tensor y = torch::stable::new_empty(x, output_shape(x, features));
   m.output = {y.mutable_data_ptr(), m.x.dtype, features, nullptr, 1, residual_data};

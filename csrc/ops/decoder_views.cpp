@@ -24,6 +24,10 @@ void check_features(int64_t got, int64_t expected, const char* linear, const cha
 // Heads by the sizes of the caches, and that the projections give as many.
 void view_heads_of_caches(int64_t kv_heads, int64_t dim, int64_t value_dim, const Linears& given, DecoderLayer& l) {
   STD_TORCH_CHECK(kv_heads > 0 && dim > 0 && value_dim > 0, "torch_int4: key_cache and value_cache must not be empty");
+  STD_TORCH_CHECK(dim <= kMaxHeadSize && value_dim <= kMaxHeadSize, "torch_int4: heads of ", dim, " and ", value_dim,
+                  " features are too large; each must be at most ", kMaxHeadSize);
+  const int64_t key_features = product(kv_heads, dim, "key_cache"),
+                value_features = product(kv_heads, value_dim, "value_cache");
   RotaryAppend& r = l.rotary;
   r.key.heads = r.value.heads = kv_heads;
   r.query.dim = r.key.dim = dim;
@@ -31,13 +35,13 @@ void view_heads_of_caches(int64_t kv_heads, int64_t dim, int64_t value_dim, cons
   const auto& features = given.out_features;
   if (l.projections == 1) {
     STD_TORCH_CHECK(dim == value_dim, "torch_int4: keys and values of one projection must have one head size");
-    r.query.heads = features[0] / dim - 2 * kv_heads;
-    check_features(features[0], (r.query.heads + 2 * kv_heads) * dim, "projection", "a whole number of heads");
+    r.query.heads = features[0] / dim - kv_heads - kv_heads;
+    check_features(features[0], features[0] / dim * dim, "projection", "a whole number of heads");
   } else {
     r.query.heads = features[0] / dim;
-    check_features(features[0], r.query.heads * dim, "query projection", "a whole number of heads");
-    check_features(features[1], kv_heads * dim, "key projection", "the key_cache");
-    check_features(features[2], kv_heads * value_dim, "value projection", "the value_cache");
+    check_features(features[0], features[0] / dim * dim, "query projection", "a whole number of heads");
+    check_features(features[1], key_features, "key projection", "the key_cache");
+    check_features(features[2], value_features, "value projection", "the value_cache");
   }
   STD_TORCH_CHECK(r.query.heads > 0 && r.query.heads % kv_heads == 0, "torch_int4: there are ", r.query.heads,
                   " query heads, which is not a multiple of the ", kv_heads, " heads of key_cache");
@@ -47,7 +51,7 @@ void view_linears(const Linears& given, int64_t features, DecoderLayer& l) {
   const int output = l.projections, count = int(given.weights.size()), down = count - 1;
   l.gated = count == output + 4;
   for (int i = 0; i < count; ++i) {
-    const int64_t inputs = i == output ? l.rotary.query.heads * l.rotary.value.dim
+    const int64_t inputs = i == output ? product(l.rotary.query.heads, l.rotary.value.dim, "the output projection")
                            : i == down ? given.out_features[size_t(down) - 1]
                                        : features;
     const auto n = size_t(i);
@@ -70,24 +74,50 @@ void view_caches(const Tensor& key_cache, const Tensor& value_cache, const Optio
   r.capacity = key_cache.size(2);
   check_same(value_cache, "value_cache", 2, r.capacity, "the capacity of key_cache");
   STD_TORCH_CHECK(r.capacity <= kMaxKeys, "torch_int4: key_cache holds more than ", kMaxKeys, " tokens");
-  check_length(length);
-  r.length = *static_cast<const int64_t*>(length.const_data_ptr());
-  STD_TORCH_CHECK(r.length >= 0 && r.length + r.tokens <= r.capacity, "torch_int4: the cache holds ", r.length, " of ",
-                  r.capacity, " tokens (its capacity); ", r.tokens, " more do not fit. Use a larger cache");
+  r.length = check_room(length, r.tokens, r.capacity);
   l.attention.keys = view_keys(key_cache, "key_cache", key_scales, "key_scales");
   l.attention.values = view_keys(value_cache, "value_cache", value_scales, "value_scales");
   l.attention.kv_heads = r.key.heads;
   l.attention.length = r.length + r.tokens;
 }
 
+// Whether a tensor still is what kernels take it for. Its shape is left out: it lies in another line of memory, and
+// kernels go by that of the weight.
+bool is_alike(const Tensor& t, ScalarType type, int64_t count) {
+  return t.numel() == count && t.scalar_type() == type && t.is_cpu() && t.is_contiguous() && is_stored(t);
+}
+
+ScalarType stored_as(ScaleType type) {
+  return type == ScaleType::kF32 ? ScalarType::Float : type == ScaleType::kF16 ? ScalarType::Half : ScalarType::Byte;
+}
+
+// Where the tensors of a linear are now. Tensors keep their identity when they get another storage, type or shape
+// (t.data = ..., t.set_(...), a storage that is resized): those are checked from the start.
+void view_memory(const Linears& given, size_t i, PackedWeight& w) {
+  const Tensor &weight = given.weights[i], &scales = given.scales[i];
+  const OptionalTensor& offsets = given.offsets[i];
+  const int64_t count = w.panels() * w.groups * kPanelRows;
+  const ScalarType type = stored_as(w.scale_type);
+  bool alike = is_alike(weight, ScalarType::Byte, w.panels() * w.panel_bytes()) && is_alike(scales, type, count);
+  if (offsets) alike = alike && is_alike(*offsets, w.offset == Offset::kInteger ? ScalarType::Byte : type, count);
+  if (!alike) {
+    w = view_weight(weight, scales, offsets, w.out_features, w.in_features, given.group_size, given.type);
+    return;
+  }
+  w.codes = static_cast<const uint8_t*>(weight.const_data_ptr());
+  w.scales = scales.const_data_ptr();
+  w.offsets = offsets ? offsets->const_data_ptr() : nullptr;
+}
+
+// Biases and permutations are checked at each call: both may be written to, and the latter are where kernels read.
 void view_memory(const Linears& given, DecoderLayer& l, std::vector<float>* converted) {
-  for (size_t i = 0; i < given.weights.size(); ++i) {
+  const size_t count = given.weights.size(), output = size_t(l.projections);
+  for (size_t i = 0; i < count; ++i) {
     PackedWeight& w = l.weights[i];
-    w.codes = static_cast<const uint8_t*>(given.weights[i].const_data_ptr());
-    w.scales = given.scales[i].const_data_ptr();
-    w.offsets = given.offsets[i] ? given.offsets[i]->const_data_ptr() : nullptr;
-    l.perms[i] = given.perms[i] ? static_cast<const int64_t*>(given.perms[i]->const_data_ptr()) : nullptr;
+    view_memory(given, i, w);
     l.biases[i] = bias_floats(given.biases[i], w.out_features, converted[i]);
+    const bool read = i == 0 || i == output || i == output + 1 || i == count - 1;  // those of other linears are alike
+    l.perms[i] = read ? check_perm(given.perms[i], w.in_features) : nullptr;
   }
 }
 
@@ -122,6 +152,9 @@ void view_layer(const PreparedLayer& p, const Tensor& x, const LayerState& state
   STD_TORCH_CHECK(input_features(x) == features, "torch_int4: x has shape ", shape_text(x), " but the layer takes ",
                   features, " features");
   l.x = view_input(x, features, std::nullopt);
+  int64_t inside = features;  // features of all that is kept between the steps of a layer
+  for (const int64_t n : p.linears.out_features) inside += n;
+  product(product(l.x.rows, 4, "x"), inside, "x");
   view_memory(p.linears, l, view.converted);
   l.x.perm = l.perms[0];
   const Norms& given = p.norms;

@@ -23,9 +23,8 @@ struct Norms {
   double eps, offset;
 };
 
-// What stays the same from call to call, checked, with the tensors that it views. Norms and biases are viewed at each
-// call: they may have to be converted, and may have been written to. So is the place of the others' memory, which
-// share_memory_() changes.
+// What stays the same from call to call, checked, with the tensors that it views. Norms, biases and permutations are
+// checked at each call: they may have been written to. So is whether the other tensors still have their memory.
 struct PreparedLayer {
   DecoderLayer layer{};
   Linears linears;

@@ -36,6 +36,37 @@ inline DType float_type(ScalarType type, const char* what) {
   return DType::kF16;
 }
 
+// A product of sizes that a caller names.
+inline int64_t product(int64_t a, int64_t b, const char* what) {
+  int64_t result;
+  STD_TORCH_CHECK(!__builtin_mul_overflow(a, b, &result), "torch_int4: ", what, " is too large: ", a, " times ", b);
+  return result;
+}
+
+// Whether all elements lie in the storage, which may have been made smaller since the tensor was.
+inline bool is_stored(const Tensor& t) {
+  if (t.numel() == 0) return true;
+  int64_t last = t.storage_offset(), bytes = 0, stored = 0;
+  if (t.is_contiguous()) {
+    if (__builtin_add_overflow(last, t.numel() - 1, &last)) return false;
+  } else {
+    const auto sizes = t.sizes(), strides = t.strides();
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      int64_t distance;
+      if (__builtin_mul_overflow(sizes[i] - 1, strides[i], &distance)) return false;
+      if (__builtin_add_overflow(last, distance, &last)) return false;
+    }
+  }
+  if (__builtin_mul_overflow(last + 1, int64_t(t.element_size()), &bytes)) return false;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &stored));
+  return bytes <= stored;
+}
+
+inline void check_stored(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(is_stored(t), "torch_int4: the storage of ", name, " ", shape_text(t),
+                  " was resized and holds less than the tensor");
+}
+
 inline void check_tensor(const Tensor& t, const char* name, ScalarType type, const char* type_name,
                          const std::vector<int64_t>& shape) {
   STD_TORCH_CHECK(t.is_cpu(), "torch_int4: ", name, " must be a CPU tensor");
@@ -44,6 +75,7 @@ inline void check_tensor(const Tensor& t, const char* name, ScalarType type, con
   bool same = t.dim() == int64_t(shape.size());
   for (size_t i = 0; same && i < shape.size(); ++i) same = t.size(int64_t(i)) == shape[i];
   STD_TORCH_CHECK(same, "torch_int4: ", name, " has shape ", shape_text(t), " but must be ", shape_text(shape));
+  check_stored(t, name);
 }
 
 }  // namespace torch_int4

@@ -33,7 +33,10 @@ const float* bias_floats(const OptionalTensor& bias, int64_t out_features, std::
 // The last size of x, which must be a CPU tensor.
 int64_t input_features(const Tensor& x);
 
-inline Tensor make_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+inline Tensor make_contiguous(const Tensor& t, const char* name = "x") {
+  check_stored(t, name);
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
 
 Input view_input(const Tensor& contiguous, int64_t in_features, const OptionalTensor& perm);
 

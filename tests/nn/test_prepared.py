@@ -6,6 +6,7 @@ import io
 
 import pytest
 import torch
+from alone import survives
 from decoders import Calls, decoder, prompt
 from torch import nn
 
@@ -199,6 +200,77 @@ def test_what_does_not_fit_is_refused(cache, x, words):
             torch.zeros(x), [number], None, None, [keys], [values], [None], [None], [length], None, 0, 1.0, 0.0
         )
     assert length.item() == 0
+
+
+def test_lengths_that_no_sum_holds():
+    survives(
+        """
+import pytest, torch
+from test_prepared import OPS, layer, layers, made
+model, _ = made()
+number = layers[layer(model)].number
+for length in (2**63 - 1, 2**63 - 1 - 8, 8, -1, -2**63):
+    keys, values = torch.zeros(2, 1, 2, 8, 16)
+    arguments = (torch.ones(1, 1, 64), [number], None, None, [keys], [values], [None], [None])
+    with pytest.raises(RuntimeError, match=f"length says that the cache holds {length} of 8 tokens"):
+        OPS.prepared_decoder_layers(*arguments, [torch.tensor([length])], None, 0, 1.0, 0.0)
+    assert not keys.any() and not values.any()
+"""
+    )
+
+
+# What is done to tensors of the last linear, and what the next call says of it.
+HARMS = {
+    "perm out of range": ("down.perm.fill_(2**40)", "perm must hold indices"),
+    "perm below zero": ("down.perm[5] = -1", "perm must hold indices"),
+    "perm emptied": ("down.perm.untyped_storage().resize_(8)", "the storage of perm .* was resized"),
+    "codes emptied": ("down.packed.untyped_storage().resize_(0)", "the storage of weight .* was resized"),
+    "scales emptied": ("down.packed_scales.untyped_storage().resize_(9)", "the storage of scales .* was resized"),
+    "offsets emptied": ("down.packed_offsets.untyped_storage().resize_(9)", "the storage of offsets .* was resized"),
+    "bias emptied": ("down.bias.untyped_storage().resize_(0)", "the storage of bias .* was resized"),
+    "norm emptied": ("norm.weight.untyped_storage().resize_(0)", "the storage of norm_weight .* was resized"),
+    "other codes": ("down.packed.data = torch.zeros(0, dtype=torch.uint8)", "weight has shape"),
+    "other scales": ("down.packed_scales.data = down.packed_scales[:1]", "scales has shape"),
+    "other type": ("down.packed.data = down.packed.view(torch.int8)", "weight must be uint8"),
+    "other strides": ("down.packed.data = down.packed.mT.contiguous().mT", "weight must be contiguous"),
+    "other perm": ("down.perm.data = down.perm.int()", "perm must be int64"),
+}
+
+
+def test_tensors_that_lose_what_was_checked():
+    survives(
+        """
+import copy, pytest, torch
+from test_prepared import HARMS, layer, made, run, scattered
+sound, _ = made(symmetric=False)
+scattered(sound)
+for what, (harm, message) in HARMS.items():
+    print(what, flush=True)
+    model = copy.deepcopy(sound)
+    down, norm = layer(model).mlp.down_proj, layer(model).input_layernorm
+    run(model)
+    exec(harm)
+    with pytest.raises(RuntimeError, match=message):
+        run(model)
+"""
+    )
+
+
+def scattered(model):
+    """Gives a linear a permutation and a bias."""
+    down = layer(model).mlp.down_proj
+    down.perm = torch.arange(down.in_features - 1, -1, -1)
+    down.bias = nn.Parameter(torch.ones(down.out_features), requires_grad=False)
+
+
+def test_permutations_may_be_written_to():
+    model, _ = made()
+    scattered(model)
+    before = run(model)
+    layer(model).mlp.down_proj.perm.copy_(torch.arange(96))
+    want = run(copy.deepcopy(model))
+    assert torch.equal(run(model), want)
+    assert not torch.equal(want, before)
 
 
 @pytest.mark.parametrize("wrong", [0, 1, 4])

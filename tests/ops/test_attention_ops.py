@@ -200,6 +200,14 @@ def test_a_batch_gives_the_bits_of_each_sequence(isa: str) -> None:
         assert torch.equal(OPS.attention(**alone), y[b : b + 1])
 
 
+def test_windows_that_reach_all_keys_are_none(isa: str) -> None:
+    for keys, tokens in ((129, 1), (5, 9), (7, 40)):  # some queries stand before the first key
+        a = {**problem(tokens=tokens, keys=keys), "causal": False}
+        want = OPS.attention(**a)
+        for window in (keys, 2**63 - 1, 2**63 - 8):
+            assert torch.equal(OPS.attention(**a, window=window), want)
+
+
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8], ids=str)
 def test_opcheck(cache_dtype: torch.dtype) -> None:
     for tokens in (1, 20):

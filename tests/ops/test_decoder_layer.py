@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from alone import survives
 from layer_problems import OPS, linears, lists, options_of, random
 from torch import Tensor
 
@@ -227,5 +228,23 @@ def test_bad_arguments_are_named_before_anything_is_written() -> None:
     bad("activation must be", activation="relu")
     bad("compute must be", compute="int2")
     bad("softcap must not be negative", softcap=-1.0)
+    wide = torch.empty(0, 2, 16, 2**40)
+    bad("heads of 18 and 1099511627776 features are too large", x=x[:0], value_cache=wide)
     for cache, old in zip(caches, before, strict=True):
         assert cache is None or torch.equal(cache, old)
+
+
+def test_lengths_that_no_sum_holds() -> None:
+    survives(
+        """
+import pytest, torch
+from test_decoder_layer import Layer, WIDTH, random
+layer = Layer()
+for length in (2**63 - 1, 2**63 - 3, 14, -1, -2**63):
+    *caches, _ = layer.caches(2)
+    before = caches[0].clone()
+    with pytest.raises(RuntimeError, match=f"length says that the cache holds {length} of 16 tokens"):
+        layer.whole(random(2, 3, WIDTH), [*caches, torch.tensor([length])])
+    assert torch.equal(caches[0], before)
+"""
+    )

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import oracle
 import pytest
 import torch
+from alone import run_alone, survives
 from torch import Tensor
 
 import torch_int4
@@ -135,6 +132,37 @@ def test_bad_arguments_are_named() -> None:
     bad("must be contiguous", weight=torch.zeros(12, 3, 64, dtype=torch.uint8).transpose(0, 1))
 
 
+@pytest.mark.parametrize("features", [2**31, 2**60 + 32, 2**63 - 1])
+def test_sizes_whose_products_no_number_holds(features: int) -> None:
+    """Bytes of a panel that wrap around to few or none would make any tensor a weight."""
+    w, s, o = packed()
+    nothing = torch.empty(3, 0, 64, dtype=torch.uint8)
+    one_group = torch.ones(3, 1, 16)
+    for weight, scales, offsets in ((w, s, o), (nothing, one_group, None)):
+        for shape in ({"out_features": 40, "in_features": features}, {"out_features": features, "in_features": 70}):
+            for operator, more in ((OPS.unpack, ()), (OPS.dequantize, (None,))):
+                with pytest.raises(RuntimeError, match=f"{features} .*too large"):
+                    operator(weight, scales, offsets, *more, **shape, group_size=-1)
+    with pytest.raises(RuntimeError, match="too large"):
+        OPS.int4_linear(torch.empty(0, features), nothing, one_group, out_features=40, group_size=-1)
+
+
+def test_tensors_without_their_memory_are_named() -> None:
+    """A storage may be resized under the tensors that view it."""
+    survives(
+        """
+import pytest, torch
+from alone import shortened
+from test_ops import OPS, packed
+given = dict(zip(("weight", "scales", "offsets"), packed()), x=torch.ones(2, 70), bias=torch.ones(40))
+given["perm"] = torch.arange(70)
+for name, t in [*given.items(), ("x", torch.ones(70, 2).T)]:
+    with pytest.raises(RuntimeError, match=f"the storage of {name} .* was resized"):
+        OPS.int4_linear(**{**given, name: shortened(t)}, out_features=40, group_size=32)
+"""
+    )
+
+
 def test_pack_refuses_codes_above_15() -> None:
     codes = torch.full((4, 32), 16, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="from 0 to 15"):
@@ -163,20 +191,14 @@ def test_info_names_the_kernels(isa: str) -> None:
     assert "reference" in info["built"]
 
 
-def run_python(code: str, isa: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "TORCH_INT4_ISA": isa}
-    # Elsewhere, or Python would import the source folder instead of the installed package.
-    return subprocess.run([sys.executable, "-c", code], env=environment, cwd="/", capture_output=True, text=True)
-
-
 @pytest.mark.parametrize("name", ops.isas())
 def test_the_environment_forces_a_kernel_set(name: str) -> None:
-    result = run_python("import torch_int4; print(torch_int4.info()['isa'])", name)
+    result = run_alone("import torch_int4; print(torch_int4.info()['isa'])", TORCH_INT4_ISA=name)
     assert result.stdout.strip() == name, result.stderr
 
 
 def test_an_unknown_kernel_set_is_an_error() -> None:
-    result = run_python("import torch_int4; torch_int4.info()", "avx3")
+    result = run_alone("import torch_int4; torch_int4.info()", TORCH_INT4_ISA="avx3")
     assert result.returncode != 0
     assert "TORCH_INT4_ISA=avx3 is unknown" in result.stderr
     assert "reference" in result.stderr

@@ -8,6 +8,7 @@ from typing import Any
 import attention_oracle
 import pytest
 import torch
+from alone import survives
 from attention_problems import CACHES, FLOATS, append_problem, refuses, states
 from torch import Tensor
 
@@ -118,6 +119,34 @@ def test_a_full_cache_is_an_error_and_stays_as_it_was() -> None:
     assert int(arguments["length"]) == 14
 
 
+def test_lengths_that_no_sum_holds() -> None:
+    survives(
+        """
+import torch, torch_int4
+from attention_problems import append_problem, refuses
+for length in (2**63 - 1, 2**63 - 3, 14, -1, -2**63):
+    a = append_problem(tokens=3, capacity=16, length=length)
+    refuses(torch.ops.torch_int4.rotary_append, a, f"length says that the cache holds {length} of 16 tokens")
+    assert a["length"].item() == length and (a["key_cache"] == 77).all() and (a["value_cache"] == 77).all()
+"""
+    )
+
+
+def test_tensors_without_their_memory_are_named() -> None:
+    survives(
+        """
+import torch, torch_int4
+from alone import shortened
+from attention_problems import append_problem, refuses
+a = append_problem(cache_dtype=torch.int8)
+for name, t in a.items():
+    if isinstance(t, torch.Tensor):
+        said = f"the storage of {name} .* was resized"
+        refuses(torch.ops.torch_int4.rotary_append, a, said, **{name: shortened(t)})
+"""
+    )
+
+
 @pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.int8], ids=str)
 def test_opcheck(cache_dtype: torch.dtype) -> None:
     torch.library.opcheck(OPS.rotary_append.default, (), append_problem(cache_dtype=cache_dtype))
@@ -144,3 +173,6 @@ def test_bad_arguments_of_rotary_append_are_named() -> None:
     refuses(op, a, "key_scales must be None", key_scales=torch.zeros(2, 2, 16))
     refuses(op, append_problem(cache_dtype=torch.int8), "value_scales must be given", value_scales=None)
     refuses(op, a, "length must be int64", length=torch.tensor([1.0]))
+    huge = torch.empty(2, 3, 0, 2**40)  # of no heads, so that there is no memory
+    caches = {f"{name}_cache": torch.empty(2, 0, 16, 2**40) for name in ("key", "value")}
+    refuses(op, a, "query has heads of", query=huge, key=huge, value=huge, **caches)
