@@ -7,5 +7,5 @@ from torch_int4.patches import llama
 
 FAMILY = dataclasses.replace(
     llama.FAMILY,
-    blocks=(BlockLayout((*llama.FORWARDS[:2], "2dad5f5760750e09"), eps="eps", norm_offset=1.0),),
+    blocks=(BlockLayout((*llama.FORWARDS[:2], "e5559c7750c32d00"), eps="eps", norm_offset=1.0),),
 )

@@ -6,6 +6,13 @@ from torch_int4.patches.llama import FOLDS
 
 FAMILY = Family(
     shared_inputs=(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
-    attention=AttentionLayout(softcap="attn_logit_softcapping", implementation="eager"),  # others know no caps
+    attention=AttentionLayout(
+        (
+            "c611518378250417",  # up to transformers 5.23
+            "07929c937847cf5f",
+        ),
+        softcap="attn_logit_softcapping",
+        implementation="eager",  # others know no caps
+    ),
     folds=FOLDS,
 )

@@ -8,7 +8,7 @@ from torch_int4.layouts.layer import BlockLayout
 from torch_int4.layouts.scales import ScaleFold
 
 SERIAL = BlockLayout(
-    ("5ae6fa9dbe03cb0f", "07bca05e110aca0f", None),
+    ("6521a996f7cee472", "07bca05e110aca0f", None),
     when=(("use_parallel_residual", False),),
     attention="attention",
     gate=None,
@@ -21,9 +21,9 @@ SERIAL = BlockLayout(
 
 FAMILY = Family(
     attention=AttentionLayout(
+        ("9699055901edab30",),
         projections="query_key_value",
         output="dense",
-        cache="layer_past",
         head_dim="head_size",
     ),
     blocks=(SERIAL, dataclasses.replace(SERIAL, when=(("use_parallel_residual", True),), parallel=True)),

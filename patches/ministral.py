@@ -1,3 +1,7 @@
 """Ministral: as Llama, with sliding windows in the masks of some layers."""
 
-from torch_int4.patches.llama import FAMILY as FAMILY
+import dataclasses
+
+from torch_int4.patches import llama
+
+FAMILY = dataclasses.replace(llama.FAMILY, attention=llama.WINDOWED)

@@ -1,3 +1,7 @@
 """Mistral: as Llama, with a sliding window in its masks."""
 
-from torch_int4.patches.llama import FAMILY as FAMILY
+import dataclasses
+
+from torch_int4.patches import llama
+
+FAMILY = dataclasses.replace(llama.FAMILY, attention=llama.WINDOWED)

@@ -4,4 +4,4 @@ import dataclasses
 
 from torch_int4.patches import llama
 
-FAMILY = dataclasses.replace(llama.FAMILY, blocks=())
+FAMILY = dataclasses.replace(llama.FAMILY, attention=llama.WINDOWED, blocks=())

@@ -12,12 +12,12 @@ from torch import nn
 from transformers import DynamicCache
 
 from torch_int4 import Int4Cache, Int4Linear, patch
+from torch_int4.forwards import fingerprint
 from torch_int4.nn import layer as block
 from torch_int4.nn import stack
 from torch_int4.nn.layer import FusedBlock
 from torch_int4.nn.norm import FusedNorm
 from torch_int4.patching import families
-from torch_int4.patching import fuse_layers as _block
 
 CLOSE = 2e-3
 BLOCKS = [name for name in FUSED if families.resolve(family_of(name)).blocks]
@@ -306,9 +306,9 @@ def test_fingerprints_tell_computations_apart():
         def forward(self, x):
             return x + 2
 
-    a, b, c = map(_block.fingerprint, (A, B, C))
+    a, b, c = map(fingerprint, (A, B, C))
     assert a == b != c
-    assert _block.fingerprint(type("Made", (nn.Module,), {"forward": eval("lambda self, x: x")})) == ""
+    assert fingerprint(type("Made", (nn.Module,), {"forward": eval("lambda self, x: x")})) == ""
 
 
 def test_copies_pickles_and_state_dicts(tmp_path):

@@ -5,7 +5,10 @@ import dataclasses
 
 import pytest
 import torch
-from decoders import FAMILIES, FUSED, GENERIC, Calls, assert_near, decoder, family_of, pair, prompt
+from decoders import COMMON, FAMILIES, FUSED, GENERIC, Calls, assert_near, decoder, family_of, pair, prompt
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from torch_int4 import patch
 from torch_int4.layouts.attention import AttentionLayout
@@ -16,11 +19,13 @@ from torch_int4.patching import families
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_is_data_about_modules_that_exist(name):
     family, model = families.resolve(name), decoder(name)
-    assert isinstance(family.attention, AttentionLayout)
     assert model.config.model_type == name  # the file has the name of its models
-    found = [m for m in model.modules() if all(hasattr(m, n) for n in family.attention.children)]
-    assert len(found) == 2
-    assert all(hasattr(found[0], attribute) for attribute in family.attention.attributes)
+    assert all(isinstance(layout, AttentionLayout) for layout in family.attentions)
+    found = [
+        [m for m in model.modules() if all(hasattr(m, n) for n in (*layout.children, *layout.attributes))]
+        for layout in family.attentions
+    ]
+    assert sorted(map(len, found))[-1] == 2
 
 
 @pytest.mark.parametrize(
@@ -100,15 +105,80 @@ def test_a_module_with_another_shape_is_left_alone():
     assert patched.torch_int4_report.fused == 0
 
 
-def test_unexpected_arguments_go_to_the_stock_module():
+@pytest.mark.parametrize(
+    ("options", "served"),
+    [
+        ({"is_causal": False}, False),
+        ({"position_bias": torch.randn(1, 4, 4, 4)}, False),
+        ({"attention_mask": torch.ones(1, 4)[:, None, None] > 0}, True),
+        ({"something": 3, "more": torch.ones(2), "tokenizer": object()}, True),
+    ],
+    ids=["is_causal", "position_bias", "attention_mask", "not read"],
+)
+def test_arguments_that_the_stock_module_reads_are_left_to_it(options, served):
     patched, reference = pair("llama")
     hidden = torch.randn(1, 4, 64)
     attention, stock = patched.model.layers[0].self_attn, reference.model.layers[0].self_attn
     tables = patched.model.rotary_emb(hidden, torch.arange(4)[None])
-    for options in ({"is_causal": False}, {"something": 3}, {"attention_mask": torch.ones(1, 4)[:, None, None] > 0}):
-        with torch.no_grad(), Calls() as calls:
-            got = attention(hidden, position_embeddings=tables, **{"attention_mask": None, **options})[0]
-            served = calls.attended
-            want = stock(hidden, position_embeddings=tables, **{"attention_mask": None, **options})[0]
-        assert served == ("attention_mask" in options)
-        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+    arguments = {"position_embeddings": tables, "attention_mask": None, **options}
+    with torch.no_grad(), Calls() as calls:
+        got = attention(hidden, **arguments)[0]
+        assert calls.attended == served
+        want = stock(hidden, **arguments)[0]
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*FUSED, *GENERIC])
+def test_arguments_that_nobody_reads_change_nothing(name):
+    """`generate` hands the tokenizer of stop strings down to the layers, and so do others with what they are given."""
+    patched, _ = pair(name)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    patched.generate(prompt(), **options)  # what is prepared once
+    sequences, counts = [], []
+    for more in ({}, {"tokenizer": object()}):
+        with Calls() as calls:
+            sequences.append(patched.generate(prompt(), **options, **more))
+        counts.append((calls.counts, calls.attended))
+    assert torch.equal(*sequences)
+    assert counts[0] == counts[1]
+    assert calls.attended == 2 * 5
+
+
+@pytest.mark.parametrize("name", ["llama", "phi"])
+def test_what_somebody_elses_attention_reads_reaches_it(name):
+    seen = []
+
+    def attention(module, query, key, value, mask, *, strength=None, **kwargs):
+        seen.append(strength)
+        return sdpa_attention_forward(module, query, key, strength * value, mask, **kwargs)
+
+    AttentionInterface.register("of_somebody_else", attention)
+    AttentionMaskInterface.register("of_somebody_else", sdpa_mask)
+    patched, reference = pair(name)
+    for model in (patched, reference):
+        model.set_attn_implementation("of_somebody_else")
+    with torch.no_grad(), Calls() as calls:
+        got = patched(prompt(), strength=torch.tensor(2.0)).logits
+        assert_near(got, reference(prompt(), strength=torch.tensor(2.0)).logits, 2e-3)
+    assert calls.attended == 0
+    assert seen == [torch.tensor(2.0)] * 4
+
+
+def test_what_an_attention_module_passes_itself_is_left_to_it():
+    """GPT-OSS tells transformers of its sinks, which the attention function in its file takes from the module."""
+    shape = {"num_local_experts": 2, "num_experts_per_tok": 1, "num_key_value_heads": 2, "head_dim": 16}
+    config = AutoConfig.for_model("gpt_oss", **{**COMMON, **shape, "intermediate_size": 32})
+    patched = patch(AutoModelForCausalLM.from_config(config).eval(), compute="fp32", kv_cache="fp32")
+    want = None
+    for sinks in (0.0, 5.0):
+        for layer in patched.model.layers:
+            layer.self_attn.sinks.data.fill_(sinks)
+        for implementation in ("torch_int4", "eager"):
+            patched.set_attn_implementation(implementation)
+            with torch.no_grad():
+                got = patched(prompt(), use_cache=False).logits
+            if implementation == "torch_int4":
+                assert want is None or (got - want).norm() > 1e-2 * want.norm()
+                want = got
+            else:
+                assert_near(got, want, 2e-3)

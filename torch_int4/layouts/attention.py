@@ -8,13 +8,14 @@ from functools import cached_property
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """Where the attention modules of a family keep things. All fields are names, but for the last.
+    """Where the attention modules of a family keep things. All fields are names, but for the first and the last two.
 
     Attributes:
+        forwards: fingerprints of the `forward` that this is true of (see forwards.py). Modules that compute anything
+            else are left alone.
         projections: of the linears for query, key and value; or of the single one that gives all three, per kv head
             its query heads, the key and the value.
         output: of the output projection.
-        cache: of the argument of `forward` that holds the KV cache.
         head_dim: of the attribute with the size of a head.
         scale: of the attribute with the factor of the scores, None for `head_dim ** -0.5`.
         softcap: of the attribute with the cap of the scores, if there can be one.
@@ -25,11 +26,13 @@ class AttentionLayout:
         repeats_kv: of the attribute that says whether the stock module caches a key head once per query head.
         implementation: of transformers' attention, whose masks the stock module takes.
         interleaved: whether a rotation turns pairs of neighbours, not of halves.
+        sines_first: whether `position_embeddings` is (sines, cosines) with one column for each pair of features, and
+            not (cosines, sines) with one for each feature.
     """
 
+    forwards: tuple[str, ...]
     projections: tuple[str, ...] | str = ("q_proj", "k_proj", "v_proj")
     output: str = "o_proj"
-    cache: str = "past_key_values"
     head_dim: str = "head_dim"
     scale: str | None = "scaling"
     softcap: str | None = None
@@ -39,6 +42,12 @@ class AttentionLayout:
     repeats_kv: str | None = None
     implementation: str = "sdpa"
     interleaved: bool = False
+    sines_first: bool = False
+
+    @cached_property
+    def features_per_column(self) -> int:
+        """How many features a column of cosines or sines rotates."""
+        return 1 if self.positions is None and not self.sines_first else 2
 
     @cached_property
     def linears(self) -> tuple[str, ...]:
@@ -64,3 +73,19 @@ class AttentionLayout:
             "is_causal",
         )
         return tuple(name for name in names if name is not None)
+
+
+@dataclass(frozen=True)
+class KnownAttention:
+    """A layout, and facts about the class of modules that it was found true of.
+
+    Attributes:
+        layout: where they keep things.
+        cache: name of the argument of `forward` that holds the KV cache.
+        read: names of the arguments that the stock module reads, or the attention function that it calls; all others
+            change nothing. None where that is not known.
+    """
+
+    layout: AttentionLayout
+    cache: str
+    read: frozenset[str] | None

@@ -14,20 +14,20 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from torch_int4.cache.int4_cache import Int4Cache
-from torch_int4.layouts.attention import AttentionLayout
+from torch_int4.layouts.attention import AttentionLayout, KnownAttention
 from torch_int4.ops.calls import call
 from torch_int4.support.mixins import Mixin
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# Arguments that change nothing here. Any other one, unless it is None, is left to the stock module.
+# Arguments that the operators follow, or that change nothing here. Any other one that the stock module reads, unless it
+# is None, is left to the stock module.
 HARMLESS = frozenset(
     {
+        "hidden_states",
         "attention_mask",
         "position_ids",
         "position_embeddings",
         "cache_position",
-        "past_key_values",
-        "layer_past",
         "use_cache",
         "return_dict",
         "output_attentions",
@@ -52,25 +52,24 @@ class StockAttention(Mixin):
 class FusedAttention(StockAttention):
     """Mixed into the attention modules of families that have an `AttentionLayout`."""
 
-    torch_int4_data: AttentionLayout
+    torch_int4_data: KnownAttention
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """`[batch, tokens, features]` to the same, and None for the attention weights; or what the stock one gives."""
         if args or not self.serves(hidden_states, kwargs):
             return super().forward(hidden_states, *args, **kwargs)
-        layout = self.torch_int4_data
+        layout = self.torch_int4_data.layout
         outputs = [getattr(self, name)(hidden_states) for name in layout.linears]
         output = self.attend_heads(*self.split_heads(outputs), kwargs)
         return getattr(self, layout.output)(output), None
 
     def serves(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether the operators give what the stock module would for these arguments of `forward`."""
-        layout = self.torch_int4_data
-        return _is_served(self, layout, hidden_states, kwargs.get("attention_mask"), kwargs.get(layout.cache), kwargs)
+        return _is_served(self, self.torch_int4_data, hidden_states, kwargs.get("attention_mask"), kwargs)
 
     def split_heads(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, `[batch, tokens, their heads, head size]`, of what the projections gave."""
-        layout = self.torch_int4_data
+        layout = self.torch_int4_data.layout
         size, places = getattr(self, layout.head_dim), outputs[0].shape[:2]
         if len(outputs) > 1:
             query, key, value = (y.view(*places, -1, size) for y in outputs)
@@ -81,19 +80,19 @@ class FusedAttention(StockAttention):
 
     def kv_sizes(self) -> tuple[int, int]:
         """Heads of keys and values, and the size of a head."""
-        layout = self.torch_int4_data
+        layout = self.torch_int4_data.layout
         return _kv_heads(self, layout), getattr(self, layout.head_dim)
 
     def rotation(self, kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None, dict[str, Any]]:
         """Cosines and sines `[batch or 1, tokens, rotated features or half of them]`, and how they rotate."""
-        layout = self.torch_int4_data
+        layout = self.torch_int4_data.layout
         cos, sin = _rotation(self, layout, kwargs)
-        dim = 0 if cos is None else cos.shape[-1] * (1 if layout.positions is None else 2)
+        dim = 0 if cos is None else cos.shape[-1] * layout.features_per_column
         return cos, sin, {"rotary_dim": dim, "interleaved": layout.interleaved}
 
     def scoring(self) -> dict[str, float]:
         """What becomes of the products of queries and keys."""
-        layout = self.torch_int4_data
+        layout = self.torch_int4_data.layout
         return {"scale": _scale(self, layout), "softcap": _softcap(self, layout)}
 
     def attend_heads(self, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -103,8 +102,8 @@ class FusedAttention(StockAttention):
             query: as it was projected, `[batch, tokens, heads, head size]`, as are key and value with their heads.
             kwargs: arguments of `forward`, which `serves` has seen.
         """
-        layout = self.torch_int4_data
-        cache, mask = kwargs.get(layout.cache), kwargs.get("attention_mask")
+        layout = self.torch_int4_data.layout
+        cache, mask = kwargs.get(self.torch_int4_data.cache), kwargs.get("attention_mask")
         if layout.norms is not None:
             query, key = getattr(self, layout.norms[0])(query), getattr(self, layout.norms[1])(key)
         cos, sin, rotary = self.rotation(kwargs)
@@ -176,8 +175,9 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
-def _is_served(module: Any, layout: AttentionLayout, x: Tensor, mask: Any, cache: Any, kwargs: dict[str, Any]) -> bool:
+def _is_served(module: Any, known: KnownAttention, x: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
     """Whether the operators give what the stock module would."""
+    layout = known.layout
     if module.training or x.dim() != 3 or x.dtype not in FLOATS or not x.is_cpu:
         return False
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters())):
@@ -188,9 +188,11 @@ def _is_served(module: Any, layout: AttentionLayout, x: Tensor, mask: Any, cache
     if vars(module.config)["_attn_implementation_internal"] != layout.implementation:
         return False
     for name, value in kwargs.items():
-        if name not in HARMLESS and value is not None and name != layout.unrotated:
+        if name in HARMLESS or value is None or name == known.cache or name == layout.unrotated:
+            continue
+        if known.read is None or name in known.read:
             return False
-    return _is_cache(module, layout, cache) and _has_rotation(module, layout, kwargs)
+    return _is_cache(module, layout, kwargs.get(known.cache)) and _has_rotation(module, layout, kwargs)
 
 
 def _is_cache(module: Any, layout: AttentionLayout, cache: Any) -> bool:
@@ -206,7 +208,9 @@ def _has_rotation(module: Any, layout: AttentionLayout, kwargs: dict[str, Any]) 
     if layout.positions is not None:
         return kwargs.get("position_ids") is not None and getattr(module, layout.positions).shape[1] <= size
     tables = kwargs.get("position_embeddings")
-    return isinstance(tables, tuple) and len(tables) == 2 and tables[0].dim() == 3 and tables[0].shape[-1] <= size
+    if not isinstance(tables, tuple) or len(tables) != 2 or tables[0].dim() != 3:
+        return False
+    return bool(tables[0].shape[-1] * layout.features_per_column <= size)
 
 
 def _kv_heads(module: Any, layout: AttentionLayout) -> int:
@@ -224,8 +228,8 @@ def _rotation(module: Any, layout: AttentionLayout, kwargs: dict[str, Any]) -> t
     if layout.positions is not None:
         sin, cos = getattr(module, layout.positions)[kwargs["position_ids"]].chunk(2, dim=-1)
         return cos, sin
-    cos, sin = kwargs["position_embeddings"]
-    return cos, sin
+    first, second = kwargs["position_embeddings"]
+    return (second, first) if layout.sines_first else (first, second)
 
 
 def _rotate(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from torch_int4.cache.int4_cache import Int4Cache
+from torch_int4.forwards import CACHES, cache_argument
 from torch_int4.nn.continuous import ContinuousBatching
 from torch_int4.support.mixins import Mixin
 
@@ -35,13 +36,14 @@ class ManagedGeneration(ContinuousBatching, Mixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        given = model_kwargs.get("past_key_values")
+        given = [name for name in CACHES if model_kwargs.get(name) is not None]
         result = super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, *args, **kwargs
         )
-        if given is None and is_replaceable(model_kwargs.get("past_key_values")):
+        made = next((name for name in CACHES if is_replaceable(model_kwargs.get(name))), None)
+        if made is not None and not given:
             longest = kwargs.get("max_cache_length", args[-1] if args else 0)
-            model_kwargs["past_key_values"] = Int4Cache(
+            model_kwargs[made] = Int4Cache(
                 self.config,  # type: ignore[attr-defined]
                 dtype=getattr(self, SETTING),
                 capacity=min(longest, MOST_AT_FIRST) if isinstance(longest, int) else 0,
@@ -51,7 +53,7 @@ class ManagedGeneration(ContinuousBatching, Mixin):
 
 def provide_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A forward pre-hook of a decoder: gives it our cache where it would make one of transformers'."""
-    if kwargs.get("past_key_values") is not None or len(args) > 1 or torch.compiler.is_compiling():
+    if len(args) > 1 or torch.compiler.is_compiling() or any(kwargs.get(name) is not None for name in CACHES):
         return None
     use_cache = kwargs.get("use_cache")
     config: Any = module.config
@@ -62,4 +64,7 @@ def provide_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         return None
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *module.parameters())):
         return None
-    return args, {**kwargs, "past_key_values": Int4Cache(config, dtype=getattr(module, SETTING))}
+    name = cache_argument(type(module))
+    if name is None:
+        return None
+    return args, {**kwargs, name: Int4Cache(config, dtype=getattr(module, SETTING))}

@@ -125,7 +125,7 @@ def _arguments(parts: Parts) -> dict[str, Any]:
         "biases": biases,
         "perms": [m._buffers["perm"] for m in linears],
         "activation": parts.activation,
-        "projections": len(parts.attention.torch_int4_data.linears),
+        "projections": len(parts.attention.torch_int4_data.layout.linears),
         "parallel_residual": layout.parallel,
         **_options(linears),
         **_norm_options(layout, norms[0]),
@@ -134,7 +134,7 @@ def _arguments(parts: Parts) -> dict[str, Any]:
 
 def _prepare(block: Any, parts: Parts, x: Tensor) -> PreparedLayer:
     layout, attention, linears = parts.layout, parts.attention, parts.linears
-    inner, mlp = attention.torch_int4_data, block._modules[layout.mlp]
+    inner, mlp = attention.torch_int4_data.layout, block._modules[layout.mlp]
     norms = [*parts.norms, *(parts.head_norms or ())]
     watched = watch(block._modules, layout.attention, layout.mlp, *layout.norms)
     watched += watch(attention._modules, *inner.children)
@@ -151,7 +151,7 @@ def _prepare(block: Any, parts: Parts, x: Tensor) -> PreparedLayer:
 
 def _run_steps(parts: Parts, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
     layout, attention, norms, _, linears, _ = parts
-    count = len(attention.torch_int4_data.linears)
+    count = len(attention.torch_int4_data.layout.linears)
     projected = _norm_linears(layout, x, norms[0], linears[:count])
     attended = attention.attend_heads(*attention.split_heads(projected), kwargs)
     total = _linear_add(attended, x, linears[count])

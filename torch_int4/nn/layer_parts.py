@@ -49,7 +49,7 @@ def find_parts(block: Any, x: Tensor, kwargs: dict[str, Any]) -> Parts | None:
         return None
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block.parameters())):
         return None
-    inner, inside = attention.torch_int4_data, mlp._modules
+    inner, inside = attention.torch_int4_data.layout, mlp._modules
     norms = [modules.get(name) for name in layout.norms]
     activation = inside.get(layout.activation)
     kind = ACTIVATIONS.get(type(activation).__name__)

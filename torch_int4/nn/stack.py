@@ -117,7 +117,7 @@ class PreparedStack:
         self._config, self._blocks, self._prepared = config, blocks, prepared
         watched = []
         for block, layer in zip(blocks, prepared, strict=True):
-            layout = layer.attention.torch_int4_data
+            layout = layer.attention.torch_int4_data.layout
             names = (layout.head_dim, layout.scale, layout.softcap, "config", "is_causal", "layer_idx", "training")
             watched += watch(vars(layer.attention), *filter(None, names))
             watched += watch(vars(layer.mlp), "training") + watch(vars(block), "training")
@@ -132,7 +132,7 @@ class PreparedStack:
         prepared = [layers[block] for block in blocks if block in layers]
         if len(prepared) < len(blocks) or len({id(block) for block in blocks}) < len(blocks):
             return None
-        layout = prepared[0].attention.torch_int4_data
+        layout = prepared[0].attention.torch_int4_data.layout
         if layout.repeats_kv is not None or layout.positions is not None or layout.unrotated is not None:
             return None
         kinds = [_kind(layer) for layer in prepared]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from torch import nn
 
 from torch_int4.config import Int4Config
+from torch_int4.forwards import arguments_read, attention_function, cache_argument, fingerprint, forward_arguments
+from torch_int4.layouts.attention import AttentionLayout, KnownAttention
 from torch_int4.layouts.family import Family
 
 
@@ -41,7 +44,8 @@ def _decoders(model: nn.Module) -> list[Any]:
     def takes_cache(module: nn.Module) -> bool:
         if not isinstance(module, PreTrainedModel) or getattr(module.config, "is_encoder_decoder", False):
             return False
-        return {"past_key_values", "use_cache"} <= set(inspect.signature(type(module).forward).parameters)
+        parameters = inspect.signature(type(module).forward).parameters
+        return cache_argument(type(module)) is not None and "use_cache" in parameters
 
     found = [module for module in model.modules() if takes_cache(module)]
     outer = {id(module) for module in found for other in found if other is not module and _is_inside(other, module)}
@@ -54,18 +58,39 @@ def _is_inside(part: nn.Module, whole: nn.Module) -> bool:
 
 def _fuse_module(module: nn.Module, family: Family | None) -> bool:
     """Fuse an attention module, if it is one of its family."""
-    layout = family.attention if family is not None else None
-    if layout is None or not all(isinstance(module._modules.get(name), nn.Module) for name in layout.children):
-        return False
-    if not all(hasattr(module, name) for name in layout.attributes) or "forward" in module.__dict__:
-        return False
     from torch_int4.nn.attention import FusedAttention
     from torch_int4.support.mixins import mix_in
 
-    config: Any = module.config
-    config._attn_implementation_internal = layout.implementation
-    mix_in(FusedAttention, module, layout)
-    return True
+    if isinstance(module, FusedAttention):
+        return False
+    for layout in family.attentions if family is not None else ():
+        known = _known(module, layout)
+        if known is not None:
+            config: Any = module.config
+            config._attn_implementation_internal = layout.implementation
+            return mix_in(FusedAttention, module, known)
+    return False
+
+
+def _known(module: nn.Module, layout: AttentionLayout) -> KnownAttention | None:
+    """What is known of an attention module, if the layout is true of it."""
+    if not all(isinstance(module._modules.get(name), nn.Module) for name in layout.children):
+        return None
+    if not all(hasattr(module, name) for name in layout.attributes) or "forward" in module.__dict__:
+        return None
+    kind = type(module)
+    cache = cache_argument(kind)
+    if cache is None or fingerprint(kind) not in layout.forwards:
+        return None
+    return KnownAttention(layout, cache, _arguments_read(kind, layout.implementation))
+
+
+@functools.cache
+def _arguments_read(kind: type, implementation: str) -> frozenset[str] | None:
+    """Names of the arguments that stock attention reads, in its `forward` or in the function that this calls."""
+    own, function = forward_arguments(kind), attention_function(kind, implementation)
+    others = frozenset() if function is None else arguments_read(function)
+    return None if own is None or others is None else own | others
 
 
 def _use_interface(decoder: Any) -> bool:

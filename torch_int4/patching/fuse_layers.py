@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import functools
-import hashlib
-import inspect
-import textwrap
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from torch_int4.forwards import cache_argument, fingerprint
 from torch_int4.layouts.family import Family
 
 if TYPE_CHECKING:
@@ -45,6 +42,8 @@ def _fuse_module(module: nn.Module, layout: BlockLayout) -> bool:
     kinds: tuple[Any, Any, Any] = (type(module), type(mlp), type(norms[0]))
     if not all(want is None or fingerprint(kind) == want for kind, want in zip(kinds, layout.forwards, strict=True)):
         return False
+    if cache_argument(kinds[0]) != attention.torch_int4_data.cache:
+        return False
     if any(_attribute(module, name) != value for name, value in layout.when):
         return False
     if not all(isinstance(mlp._modules.get(name), nn.Module) for name in layout.linears):
@@ -65,31 +64,3 @@ def _attribute(module: nn.Module, path: str) -> Any:
     for name in path.split("."):
         found = getattr(found, name, None)
     return found
-
-
-def source_of_forward(kind: type) -> ast.FunctionDef | None:
-    """The `forward` of a class as it was written, below its decorators; None where there is no source."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward))))  # type: ignore[attr-defined]
-    except (OSError, TypeError, SyntaxError, AttributeError):
-        return None
-    return tree.body[0] if isinstance(tree.body[0], ast.FunctionDef) else None
-
-
-@functools.cache
-def fingerprint(kind: type) -> str:
-    """What the `forward` of a class computes: a hash of its source without annotations, comments and decorators.
-
-    Classes that are copied from each other have the same one, and a class that was changed has another; "" is that
-    of a class without source.
-    """
-    function = source_of_forward(kind)
-    if function is None:
-        return ""
-    function.decorator_list, function.returns = [], None
-    for node in ast.walk(function.args):
-        if isinstance(node, ast.arg):
-            node.annotation = None
-    if ast.get_docstring(function) is not None:
-        function.body = function.body[1:]
-    return hashlib.sha256(ast.unparse(function).encode()).hexdigest()[:16]

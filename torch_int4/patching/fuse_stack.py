@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from torch_int4.patching.fuse_layers import source_of_forward
+from torch_int4.forwards import source_of
 
 if TYPE_CHECKING:
     from torch_int4.layouts.layer import KnownBlock
@@ -59,7 +59,7 @@ def runs_in_turn(kind: type, name: str) -> bool:
         for i, layer in enumerate(self.name):
             x = layer(x, argument=values[self.config.layer_types[i]], **others)
     """
-    function = source_of_forward(kind)
+    function = source_of(kind.forward)  # type: ignore[attr-defined]
     if function is None:
         return False
     nodes = list(ast.walk(function))
