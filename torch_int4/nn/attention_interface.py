@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from torch_int4.forwards import arguments_read, attention_function, forward_arguments
 from torch_int4.nn.attention import FLOATS, HARMLESS, additive, attend, is_mask
 
 NAME = "torch_int4"  # transformers looks for "sdpa", "flash", "flex" and "eager" inside of names
@@ -34,8 +35,8 @@ def attention_forward(
     """Attention for `[batch, heads, tokens, head size]` and keys alike; returns `[batch, tokens, heads, size]`."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     # The masks have the window.
-    unknown = any(x is not None and name not in HARMLESS and name != "sliding_window" for name, x in kwargs.items())
-    if unknown or dropout or not _is_served(query, key, value, attention_mask):
+    others = [name for name, x in kwargs.items() if x is not None and name not in HARMLESS and name != "sliding_window"]
+    if dropout or (others and _may_matter(type(module), others)) or not _is_served(query, key, value, attention_mask):
         return _stock(
             module, query, key, value, attention_mask, dropout, scaling, causal=causal, softcap=softcap, **kwargs
         )
@@ -43,6 +44,16 @@ def attention_forward(
     query = query if query.stride(-1) == 1 else query.contiguous()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attend(query, key, value, attention_mask, causal=causal, scale=scale, softcap=softcap or 0.0), None
+
+
+def _may_matter(kind: type, names: list[str]) -> bool:
+    """Whether the attention module names one of these arguments, or a function that `_stock` calls may read it."""
+    if torch.compiler.is_compiling():  # which cannot trace a look at sources
+        return True
+    eager = attention_function(kind, "eager")
+    read = [forward_arguments(kind), arguments_read(sdpa_attention_forward)]
+    read += [] if eager is None else [arguments_read(eager)]
+    return any(each is None or not each.isdisjoint(names) for each in read)
 
 
 def _is_served(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> bool:
