@@ -12,12 +12,12 @@ from torch import nn
 from transformers import DynamicCache
 
 from torch_int4 import Int4Cache, Int4Linear, patch
-from torch_int4.forwards import fingerprint
 from torch_int4.nn import layer as block
 from torch_int4.nn import stack
 from torch_int4.nn.layer import FusedBlock
 from torch_int4.nn.norm import FusedNorm
 from torch_int4.patching import families
+from torch_int4.support.forwards import fingerprint
 
 CLOSE = 2e-3
 BLOCKS = [name for name in FUSED if families.resolve(family_of(name)).blocks]

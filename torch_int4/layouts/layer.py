@@ -13,7 +13,7 @@ class BlockLayout:
 
     Attributes:
         forwards: fingerprints of the `forward` of the decoder layer, of the MLP and of the norms that this is
-            true of (see forwards.py), that of the norms None where they are `torch.nn.LayerNorm`. Modules that
+            true of (see support/forwards.py), that of the norms None where they are `torch.nn.LayerNorm`. Modules that
             compute anything else are left alone.
         when: (attribute of the decoder layer, such as "config.parallel_attn", value) of those that this is true of.
         input_norm: name of the norm before attention.

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from torch_int4.cache.int4_cache import Int4Cache
-from torch_int4.forwards import CACHES, cache_argument
 from torch_int4.nn.continuous import ContinuousBatching
+from torch_int4.support.forwards import CACHES, cache_argument
 from torch_int4.support.mixins import Mixin
 
 SETTING = "torch_int4_kv_cache"  # attribute of a model: what its caches store

@@ -10,9 +10,15 @@ from typing import Any
 from torch import nn
 
 from torch_int4.config import Int4Config
-from torch_int4.forwards import arguments_read, attention_function, cache_argument, fingerprint, forward_arguments
 from torch_int4.layouts.attention import AttentionLayout, KnownAttention
 from torch_int4.layouts.family import Family
+from torch_int4.support.forwards import (
+    arguments_read,
+    attention_function,
+    cache_argument,
+    fingerprint,
+    forward_arguments,
+)
 
 
 def fuse(model: nn.Module, by_module: dict[int, Family], config: Int4Config) -> tuple[int, int]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from torch_int4.forwards import cache_argument, fingerprint
 from torch_int4.layouts.family import Family
+from torch_int4.support.forwards import cache_argument, fingerprint
 
 if TYPE_CHECKING:
     from torch_int4.layouts.layer import BlockLayout

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from torch_int4.forwards import source_of
+from torch_int4.support.forwards import source_of
 
 if TYPE_CHECKING:
     from torch_int4.layouts.layer import KnownBlock
