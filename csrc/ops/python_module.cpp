@@ -29,6 +29,23 @@ PyObject* entries_are(PyObject*, PyObject* arguments) {
   Py_RETURN_TRUE;
 }
 
+// One list, as what is slow is memory: a dict, its keys and values, the next dict, and so on.
+PyObject* contents_are(PyObject*, PyObject* arguments) {
+  PyObject* list;
+  if (!PyArg_ParseTuple(arguments, "O:contents_are", &list)) return nullptr;
+  if (!are_lists(&list, 1, "contents_are")) return nullptr;
+  const Py_ssize_t size = PyList_Size(list);
+  for (Py_ssize_t i = 0; i < size;) {
+    PyObject* owner = PyList_GetItem(list, i++);
+    if (!PyDict_Check(owner)) Py_RETURN_FALSE;  // it was a key of the dict before, which has lost entries
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(owner, &at, &key, &value); i += 2) {
+      if (i + 1 >= size || PyList_GetItem(list, i) != key || PyList_GetItem(list, i + 1) != value) Py_RETURN_FALSE;
+    }
+  }
+  Py_RETURN_TRUE;
+}
+
 PyObject* types_are(PyObject*, PyObject* arguments) {
   PyObject* lists[2];
   if (!PyArg_ParseTuple(arguments, "OO:types_are", lists, lists + 1)) return nullptr;
@@ -58,6 +75,9 @@ PyMethodDef functions[] = {
     {"entries_are", entries_are, METH_VARARGS,
      "entries_are(dicts, keys, values)\n--\n\n"
      "Whether dicts[i].get(keys[i]) is values[i] for all i; arguments are lists of the same length."},
+    {"contents_are", contents_are, METH_VARARGS,
+     "contents_are(contents)\n--\n\n"
+     "Whether dicts hold these very keys and values in this order, and no others: [dict, key, value, ..., dict, ...]."},
     {"types_are", types_are, METH_VARARGS,
      "types_are(objects, types)\n--\n\nWhether type(objects[i]) is types[i] for all i; lists of the same length."},
     {"attributes_are", attributes_are, METH_VARARGS,

@@ -12,10 +12,10 @@ from torch import nn
 from transformers import DynamicCache
 
 from torch_int4 import Int4Cache, Int4Linear, patch
-from torch_int4.nn import layer as block
 from torch_int4.nn import stack
 from torch_int4.nn.layer import FusedBlock
 from torch_int4.nn.norm import FusedNorm
+from torch_int4.nn.prepared import PreparedLayer
 from torch_int4.patching import families
 from torch_int4.support.forwards import fingerprint
 
@@ -79,8 +79,7 @@ def assert_same_in_steps(monkeypatch, model, *inputs):
         with torch.no_grad(), monkeypatch.context() as patching:
             if in_steps:
                 patching.setattr(stack, "MOST_TOKENS", 0)
-                patching.setattr(block, "_run_prepared", lambda *args: None)
-                patching.setattr(block, "_run_whole", lambda layer, *args: block._run_steps(*args))
+                patching.setattr(PreparedLayer, "run", lambda layer, *args: layer._steps.run(*args))
             cache = Int4Cache(model.config, dtype=model.torch_int4_report.config.kv_cache)
             results.append([model(**each, past_key_values=cache).logits for each in inputs])
             layer = cache.layers[1]

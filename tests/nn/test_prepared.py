@@ -11,7 +11,9 @@ from decoders import Calls, decoder, prompt
 from torch import nn
 
 from torch_int4 import _C, Int4Cache, Int4Linear, patch
-from torch_int4.nn.prepared import Guard, layers
+from torch_int4.layouts.roles import LINEAR
+from torch_int4.nn.guard import Guard
+from torch_int4.nn.prepared import layers
 
 OPS = torch.ops.torch_int4
 
@@ -68,8 +70,26 @@ def in_place(name):
     return change
 
 
+def zero_points(model):
+    down = layer(model).mlp.down_proj
+    down.packed_offsets = torch.full(down.packed_scales.shape, 7, dtype=torch.uint8)
+
+
+def double_scales(model):
+    down = layer(model).mlp.down_proj
+    down.packed_scales = down.packed_scales * 2
+
+
+def nf4(model):
+    for linear in (m for m in layer(model).modules() if isinstance(m, Int4Linear)):
+        linear.weight_type = "nf4"
+
+
 CHANGES = {
     "codes": double_linear,
+    "scales": double_scales,
+    "offsets": zero_points,
+    "the type of weights": nf4,
     "a linear": replace_linear,
     "a bias": add_bias,
     "compute": assign("self_attn.q_proj", "compute", "fp32"),
@@ -93,6 +113,26 @@ def test_changes_are_noticed(what):
     got = run(model)
     assert torch.equal(got, want)
     assert not torch.equal(got, before)
+
+
+def test_every_fact_is_watched():
+    """Whatever operators are told of a module, a prepared layer notices another one."""
+    model, _ = made("qwen3")
+    block, x = layer(model), torch.ones(1, 1, 64)
+    holds, norm = layers[block].guard.holds, block.torch_int4_data.layout.norm_role
+    roles = [(block.input_layernorm, norm), (block.self_attn.k_norm, norm)]
+    roles += [(m, LINEAR) for m in (block.self_attn.v_proj, block.self_attn.o_proj, block.mlp.gate_proj)]
+    with torch.no_grad():
+        for module, role in roles:
+            for fact in (*role.own, *role.common):
+                place = getattr(module, fact.place) if fact.place else vars(module)
+                before = dict(place)
+                assert holds(x)
+                place[fact.name] = object()
+                assert not holds(x), fact
+                place.clear()
+                place.update(before)
+        assert holds(x)
 
 
 def test_norms_in_half_precision_may_be_written_to():
@@ -291,7 +331,7 @@ def test_all_layers_are_checked_before_one_runs(wrong):
 
 def test_guards_see_hooks_that_come_and_go():
     modules, model, x = [nn.Identity(), nn.Identity()], nn.Linear(1, 1), torch.ones(2)
-    guard = Guard(torch.float32, [], modules, [])
+    guard = Guard(torch.float32, modules)
     with torch.no_grad():
         for _ in range(2):
             assert guard.holds(x)
@@ -301,7 +341,7 @@ def test_guards_see_hooks_that_come_and_go():
             assert not guard.holds(x)
             handle.remove()
             assert guard.holds(x)
-        other = Guard(torch.float32, [], [model], [])
+        other = Guard(torch.float32, [model])
         guard.include(other)
         assert not guard.holds(x)
 
@@ -323,6 +363,16 @@ def test_entries_are_compared_by_identity():
     assert not _C.entries_are(dicts, keys, [value, value, None])
     assert not _C.entries_are(dicts, ["b", "a", "a"], [value, None, None])
     assert _C.entries_are([], [], [])
+    assert _C.contents_are([])
+    assert _C.contents_are([dicts[0], "a", value, {}, dicts[2], "a", None])
+    assert not _C.contents_are([dicts[0], "a", other])
+    assert not _C.contents_are([dicts[0], "b", value])
+    assert not _C.contents_are([dicts[0]])
+    assert not _C.contents_are([{}, "a", value])
+    assert not _C.contents_are([{"a": value, "b": other}, "b", other, "a", value])
+    assert not _C.contents_are([dicts[0], "a"])
+    assert not _C.contents_are([{"a": value, "b": other}, "a", value, {}])  # more, and the next one begins
+    assert not _C.contents_are([{}, "a", value, {"a": value}])  # less: all of it has moved on
     assert _C.types_are([1, value], [int, Equal])
     assert not _C.types_are([True, value], [int, Equal])  # a subclass is another type
     float_, double = torch.zeros(1), torch.zeros(1, dtype=torch.float64)
@@ -338,6 +388,7 @@ def test_entries_are_compared_by_identity():
         (_C.entries_are, ([1], ["a"], [None]), TypeError),
         (_C.entries_are, ([{}], [[]], [None]), TypeError),  # a key that cannot be one
         (_C.entries_are, ([], []), TypeError),
+        (_C.contents_are, ({},), TypeError),
         (_C.types_are, ([1], [int, int]), TypeError),
         (_C.types_are, ((), []), TypeError),
         (_C.attributes_are, ((), "dtype", None), TypeError),

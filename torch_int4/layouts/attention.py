@@ -11,8 +11,8 @@ class AttentionLayout:
     """Where the attention modules of a family keep things. All fields are names, but for the first and the last two.
 
     Attributes:
-        forwards: fingerprints of the `forward` that this is true of (see support/forwards.py). Modules that compute anything
-            else are left alone.
+        forwards: fingerprints of the `forward` that this is true of (see support/forwards.py). Modules that compute
+            anything else are left alone.
         projections: of the linears for query, key and value; or of the single one that gives all three, per kv head
             its query heads, the key and the value.
         output: of the output projection.

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from torch_int4.layouts.roles import Role, norm_role
+
 
 @dataclass(frozen=True)
 class BlockLayout:
@@ -50,6 +52,11 @@ class BlockLayout:
     def norms(self) -> tuple[str, ...]:
         """Names of the norms."""
         return (self.input_norm,) if self.post_norm is None else (self.input_norm, self.post_norm)
+
+    @cached_property
+    def norm_role(self) -> Role:
+        """What decides the results of the norms."""
+        return norm_role(self.eps)
 
     @cached_property
     def linears(self) -> tuple[str, ...]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from torch_int4.layouts.layer import BlockLayout, KnownBlock
+from torch_int4.layouts.roles import LINEAR
 from torch_int4.nn.attention import FLOATS, FusedAttention
+from torch_int4.nn.layer_facts import LayerFacts
 from torch_int4.nn.linear import Int4Linear
 
 # Classes of activations by what the operators call them.
@@ -24,22 +26,11 @@ ACTIVATIONS = {
 }
 
 
-class Parts(NamedTuple):
-    """The modules of a layer that the operators can run."""
-
-    layout: BlockLayout
-    attention: Any
-    norms: list[Any]
-    head_norms: list[Any] | None  # None where they have to be called
-    linears: list[Any]  # projections, output, gate, up, down
-    activation: str
-
-
-def find_parts(block: Any, x: Tensor, kwargs: dict[str, Any]) -> Parts | None:
+def find_facts(block: Any, x: Tensor, kwargs: dict[str, Any]) -> LayerFacts | None:
     """The modules of a layer, if the operators give what it would for x and these arguments of `forward`.
 
-    Everything in it may have changed since it was patched, and this runs for every layer and token: plain loops, no
-    generators.
+    Everything in it may have changed since it was patched. Where gradients are recorded this runs for every layer and
+    token: plain loops, no generators.
     """
     known: KnownBlock = block.torch_int4_data
     layout, modules = known.layout, block._modules
@@ -64,7 +55,7 @@ def find_parts(block: Any, x: Tensor, kwargs: dict[str, Any]) -> Parts | None:
     head_norms: list[Any] | None = [attention._modules.get(name) for name in inner.norms or ()]
     if head_norms and not _are_norms(head_norms, known, norms[0], x):
         head_norms = None
-    return Parts(layout, attention, norms, head_norms, linears, kind)
+    return LayerFacts(block, attention, mlp, norms, head_norms, linears, activation, kind)
 
 
 def _is_fused(attention: Any) -> bool:
@@ -88,36 +79,25 @@ def _are_plain(modules: Sequence[Any], kind: type) -> bool:
 
 
 def _are_norms(norms: Any, known: KnownBlock, like: Any, x: Tensor) -> bool:
-    """Whether these are the norms that we know, as yet, and agree with one of them."""
+    """Whether these are still the norms that we know, with parameters of the dtype of x, and agree with one of them."""
     if not _are_plain(norms, known.norm):
         return False
-    name, dtype = known.layout.eps, x.dtype
-    eps = getattr(like, name)
-    for norm in norms:  # noqa: SIM110 (a generator takes twice as long)
-        if norm._parameters["weight"].dtype != dtype or getattr(norm, name) != eps:
+    dtype = x.dtype
+    for norm in norms:
+        if norm._parameters["weight"].dtype != dtype:
             return False
-    return True
+    return known.layout.norm_role.agree([like, *norms])
 
 
 def _are_shared(linears: list[Any], projections: int, layout: BlockLayout) -> bool:
     """Whether linears with one input can take it in one form, and those of the MLP agree."""
     first, mlp = linears[0], linears[projections + 1 :]
-    if not agree(linears) and not (agree(linears[:projections]) and agree(mlp)):
+    if not LINEAR.agree(linears) and not (LINEAR.agree(linears[:projections]) and LINEAR.agree(mlp)):
         return False
     for other in linears[1:projections]:
         if not _same_perm(first, other):
             return False
     return layout.gate is None or _same_perm(mlp[0], mlp[1])
-
-
-def agree(linears: list[Any]) -> bool:
-    """Whether linears are of one kind, which one call can run."""
-    first = linears[0]
-    group, compute, kind = first.group_size, first.compute, first.weight_type
-    for m in linears:  # noqa: SIM110
-        if m.group_size != group or m.compute != compute or m.weight_type != kind:
-            return False
-    return True
 
 
 def _same_perm(a: Any, b: Any) -> bool:

@@ -1,119 +1,59 @@
 """Decoder layers whose checks and argument lists were made once: most of what a token costs besides its arithmetic.
 
-`decoder_layer` takes some fifty tensors, and finding out that a layer is still the one that was patched takes longer
-than small layers compute. A prepared layer keeps both results, and what they rest on: modules, parameters, buffers,
-attributes and hooks, by identity. If any of it has changed, the layer is looked at anew.
+Operators of a layer take some fifty tensors, and finding out that a layer is still the one that was patched takes
+longer than small layers compute. A prepared layer keeps both results, and what they rest on: modules, parameters,
+buffers, attributes and hooks, by identity. If any of it has changed, the layer is looked at anew.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
-from torch_int4 import _C
+from torch_int4.cache.int4_cache import Int4Cache
+from torch_int4.nn.layer_facts import LayerFacts
+from torch_int4.nn.layer_steps import LayerSteps
 from torch_int4.ops.calls import call
 
 
-class Watched(NamedTuple):
-    """An entry of a dictionary that must stay the same object."""
-
-    owner: dict[str, Any]
-    name: str
-    value: Any
-
-
-def watch(owner: dict[str, Any], *names: str) -> list[Watched]:
-    """Entries of a dictionary as they are now; what is missing has to stay so."""
-    return [Watched(owner, name, owner.get(name)) for name in names]
-
-
-class Guard:
-    """What must not change: entries of dictionaries, hooks and classes of modules, the dtype of parameters.
-
-    Every token asks, and between two tokens the weights have gone through the processor's caches, so that what is slow
-    is memory: lists lie close together, and hooks are only looked at once torch has made a handle for a new one.
-
-    Args:
-        dtype: of x and of `scales`.
-        watched: entries.
-        modules: those that must keep their class, their `forward`, and be without hooks.
-        scales: parameters.
-    """
-
-    def __init__(
-        self, dtype: torch.dtype, watched: Iterable[Watched], modules: Iterable[Any], scales: Iterable[Tensor]
-    ) -> None:
-        self._modules, self.dtype, self._scales = list(modules), dtype, list(scales)
-        entries = [*watched, *(entry for module in self._modules for entry in watch(vars(module), "forward"))]
-        self._owners = [entry.owner for entry in entries]
-        self._names = [entry.name for entry in entries]
-        self._values = [entry.value for entry in entries]
-        self._classes = [type(module) for module in self._modules]
-        self._handles = -1  # that torch had made when there were no hooks
-
-    def include(self, other: Guard) -> None:
-        """Guard what another one of the same dtype does, too."""
-        self._owners += other._owners
-        self._names += other._names
-        self._values += other._values
-        self._modules += other._modules
-        self._classes += other._classes
-        self._scales += other._scales
-        self._handles = -1
-
-    def holds(self, x: Tensor) -> bool:
-        """Whether nothing has changed, and x is a plain tensor of the dtype, and no gradients are recorded."""
-        dtype = self.dtype
-        if torch.is_grad_enabled() or type(x) is not Tensor or x.dtype is not dtype or _has_any_global_hook():
-            return False
-        if not _C.entries_are(self._owners, self._names, self._values):
-            return False
-        if not _C.types_are(self._modules, self._classes) or not _C.attributes_are(self._scales, "dtype", dtype):
-            return False
-        return self._handles == RemovableHandle.next_id or self._without_hooks()
-
-    def _without_hooks(self) -> bool:
-        made = RemovableHandle.next_id
-        if any(module._forward_hooks or module._forward_pre_hooks for module in self._modules):
-            return False
-        self._handles = made
-        return True
-
-
 class PreparedLayer:
-    """A layer whose linears and norms `prepare_decoder_layer` has looked at.
+    """A layer that one operator can run, with the arguments of operators made, and for its own operator checked.
+
+    Holds modules inside the layer and not the layer itself, which would keep it alive.
 
     Args:
-        attention, mlp: modules of the layer.
-        guard: what must not change, those two included.
-        options: arguments of `prepare_decoder_layer`, besides the sizes of heads.
+        facts: of the layer, which is whole.
+        dtype: of its input.
     """
 
-    def __init__(self, attention: Any, mlp: Any, guard: Guard, options: dict[str, Any]) -> None:
-        self.cache = attention.torch_int4_data.cache  # the argument of `forward`
-        self.attention, self.mlp, self.guard = attention, mlp, guard
-        self._heads, self._size = attention.kv_sizes()
-        operators = torch.ops.torch_int4
-        self.number = operators.prepare_decoder_layer(
-            **options, kv_heads=self._heads, head_size=self._size, value_size=self._size
-        )
-        weakref.finalize(self, operators.release_decoder_layer, self.number).atexit = False
+    def __init__(self, facts: LayerFacts, dtype: torch.dtype) -> None:
+        self.attention, self.guard = facts.attention, facts.guard(dtype)
+        self.cache = facts.attention.torch_int4_data.cache  # the argument of `forward`
+        self._heads, self._size = facts.attention.kv_sizes()
+        self._arguments, self._steps = facts.whole(), LayerSteps(facts)
 
-    def serves(self, block: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> bool:
+    @functools.cached_property
+    def number(self) -> int:
+        """The number of the layer among those that `prepare_decoder_layer` has checked."""
+        operators = torch.ops.torch_int4
+        sizes = {"kv_heads": self._heads, "head_size": self._size, "value_size": self._size}
+        number = int(operators.prepare_decoder_layer(**self._arguments, **sizes))
+        weakref.finalize(self, operators.release_decoder_layer, number).atexit = False
+        return number
+
+    def serves(self, x: Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether nothing has changed, and x and the arguments of `forward` are what the operators take."""
-        if block.training or self.mlp.training or not self.guard.holds(x):
-            return False
-        return bool(self.attention.serves(x, kwargs))
+        return self.guard.holds(x) and bool(self.attention.serves(x, kwargs))
 
     def run(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """The layer's output `[batch, tokens, features]`; the `Int4Cache` takes its keys and values."""
-        return run_layers([self], x, kwargs)
+        """The layer's output `[batch, tokens, features]`; the cache takes its keys and values."""
+        if isinstance(kwargs.get(self.cache), Int4Cache):
+            return run_layers([self], x, kwargs)
+        return self._steps.run(x, kwargs)
 
 
 def run_layers(prepared: list[PreparedLayer], x: Tensor, kwargs: dict[str, Any]) -> Tensor:

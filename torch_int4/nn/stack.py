@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from torch_int4.cache.int4_cache import Int4Cache
-from torch_int4.nn.prepared import Guard, PreparedLayer, layers, run_layers, watch
+from torch_int4.nn.guard import Guard
+from torch_int4.nn.prepared import PreparedLayer, layers, run_layers
 from torch_int4.support.mixins import Mixin, data_of
 
 MOST_TOKENS = 32  # in a row; of more, Python's part is small, and an operator call cannot be interrupted
@@ -115,19 +116,13 @@ class PreparedStack:
 
     def __init__(self, config: Any, blocks: list[Any], prepared: list[PreparedLayer]) -> None:
         self._config, self._blocks, self._prepared = config, blocks, prepared
-        watched = []
-        for block, layer in zip(blocks, prepared, strict=True):
-            layout = layer.attention.torch_int4_data.layout
-            names = (layout.head_dim, layout.scale, layout.softcap, "config", "is_causal", "layer_idx", "training")
-            watched += watch(vars(layer.attention), *filter(None, names))
-            watched += watch(vars(layer.mlp), "training") + watch(vars(block), "training")
-        self._guard = Guard(prepared[0].guard.dtype, watched, blocks, [])
+        self._guard = Guard(prepared[0].guard.dtype, blocks)
         for layer in prepared:
             self._guard.include(layer.guard)
 
     @classmethod
     def of(cls, model: Any, blocks: Iterable[Any]) -> PreparedStack | None:
-        """The stack of these layers, if all are prepared and alike, and none of them is in training."""
+        """The stack of these layers, if all are prepared and alike."""
         blocks = list(blocks)
         prepared = [layers[block] for block in blocks if block in layers]
         if len(prepared) < len(blocks) or len({id(block) for block in blocks}) < len(blocks):
@@ -136,11 +131,8 @@ class PreparedStack:
         if layout.repeats_kv is not None or layout.positions is not None or layout.unrotated is not None:
             return None
         kinds = [_kind(layer) for layer in prepared]
-        modules = [*blocks, *(m for layer in prepared for m in (layer.attention, layer.mlp))]
-        if any(kind != kinds[0] for kind in kinds) or any(module.training for module in modules):
-            return None
-        if any("forward" in vars(block) for block in blocks):  # which the model's loop would call
-            return None
+        if any(kind != kinds[0] for kind in kinds) or any("forward" in vars(block) for block in blocks):
+            return None  # the model's loop would call that `forward`
         return cls(model.config, blocks, prepared)
 
     def serves(self, blocks: list[Any], x: Tensor, kwargs: dict[str, Any]) -> bool:

@@ -1,0 +1,113 @@
+"""The modules of a decoder layer by their roles: what operators are told of them, and what must not change for that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from torch_int4.layouts.layer import BlockLayout
+from torch_int4.layouts.roles import LINEAR
+from torch_int4.nn.guard import Guard
+
+
+@dataclass
+class LayerFacts:
+    """The modules of a decoder layer that the operators can run.
+
+    Attributes:
+        block: the layer.
+        norms: the norm before attention, and the one before the MLP where there is one.
+        head_norms: norms of the heads of queries and keys, if any; None where they have to be called.
+        linears: projections, output projection, gate where there is one, up, down.
+        activation: the module between up and down.
+        kind: the operators' name for it.
+    """
+
+    block: Any
+    attention: Any
+    mlp: Any
+    norms: list[Any]
+    head_norms: list[Any] | None
+    linears: list[Any]
+    activation: Any
+    kind: str
+
+    @property
+    def layout(self) -> BlockLayout:
+        """Where a layer of this family keeps things."""
+        layout: BlockLayout = self.block.torch_int4_data.layout
+        return layout
+
+    @property
+    def projections(self) -> int:
+        """How many linears give query, key and value."""
+        return len(self.attention.torch_int4_data.layout.linears)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether one operator can run all of the layer."""
+        return self.head_norms is not None and LINEAR.agree(self.linears)
+
+    def whole(self) -> dict[str, Any]:
+        """Arguments of operators of whole layers, besides the input, positions and the cache."""
+        norm = self.layout.norm_role
+        return {
+            **norm.several(self.norms),
+            "head_norms": norm.several(self.head_norms)["norm_weights"] if self.head_norms else [],
+            **LINEAR.several(self.linears),
+            **self._norm_kind(),
+            "activation": self.kind,
+            "projections": self.projections,
+            "parallel_residual": self.layout.parallel,
+            "interleaved": self.attention.torch_int4_data.layout.interleaved,
+        }
+
+    def first_step(self) -> dict[str, Any]:
+        """Arguments of `norm_linears` of the first norm and the projections, besides the input."""
+        return {**self._norm(self.norms[0]), **_shared(self.linears[: self.projections])}
+
+    def output_step(self) -> dict[str, Any]:
+        """Arguments of `linear_add` of the output projection, besides the input and the residual."""
+        return LINEAR.single(self.linears[self.projections])
+
+    def mlp_step(self) -> dict[str, Any]:
+        """Arguments of `mlp`, besides the input and the residual."""
+        linears = self.linears[self.projections + 1 :]
+        down = LINEAR.single(linears[-1])["perm"]
+        return {**self._norm(self.norms[-1]), **_shared(linears), "down_perm": down, "activation": self.kind}
+
+    def guard(self, dtype: torch.dtype) -> Guard:
+        """Everything that the arguments rest on, and that the layer is one that takes them.
+
+        Args:
+            dtype: of the layer's input, and of the parameters of norms.
+        """
+        norms, layout = [*self.norms, *(self.head_norms or ())], self.layout
+        holders, leaves = (self.attention, self.mlp), (*norms, *self.linears)
+        guard = Guard(dtype, [*holders, self.activation, *leaves], [norm._parameters["weight"] for norm in norms])
+        for module in (self.block, *holders):
+            guard.watch_all(module._modules)
+            guard.watch(vars(module), "training")
+        guard.watch(vars(self.attention), *self.attention.torch_int4_data.layout.attributes)
+        for module in leaves:
+            guard.watch_all(module._parameters)
+            guard.watch_all(module._buffers)
+        for role, modules in ((layout.norm_role, norms), (LINEAR, self.linears)):
+            for module in modules:
+                guard.watch(vars(module), *role.attributes)
+        return guard
+
+    def _norm(self, norm: Any) -> dict[str, Any]:
+        return {**self.layout.norm_role.single(norm), **self._norm_kind()}
+
+    def _norm_kind(self) -> dict[str, Any]:
+        return {"norm": self.layout.norm, "norm_offset": self.layout.norm_offset}
+
+
+def _shared(linears: list[Any]) -> dict[str, Any]:
+    """What an operator is told of linears of which the first ones take one input in one form."""
+    given = LINEAR.several(linears)
+    given["perm"] = given.pop("perms")[0]
+    return given
