@@ -16,7 +16,8 @@ except ModuleNotFoundError as error:
         "Run `pip install torch==2.13.0` first, or drop --no-build-isolation and pip gets it for the build."
     ) from error
 
-# patches/ and evals/ live inside the package once installed, so that no global module has those names.
+# patches/ and evals/ live inside the package once installed, so that no global module has those names. evals/tables is
+# no package, so it stays out.
 FOLDERS = {"torch_int4": "torch_int4", "torch_int4.patches": "patches", "torch_int4.evals": "evals"}
 PACKAGES = [*FOLDERS, *(f"{name}.{sub}" for name, folder in FOLDERS.items() for sub in find_packages(folder))]
 

@@ -1,4 +1,5 @@
-"""Measurements of int4 models: perplexity against float, tokens per second, weight bytes, and the demo.
+"""Measurements of int4 models: `accuracy`, `speed`, the `bench` against peers, the `report`, and the demo.
 
-Nothing in the library itself imports this package; its modules are imported one by one, when they are needed.
+Nothing in the library itself imports this package; its modules are imported one by one, when they are needed. The
+folder `tables` of the repository, which only documentation needs, is not installed.
 """

@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 import torch_int4
-from torch_int4.evals import models, speed
-from torch_int4.evals.memory import Memory, linear_bytes, patched_memory, weight_bytes
-from torch_int4.evals.perplexity import Comparison, Perplexity, compare, perplexity
+from torch_int4.evals import models
+from torch_int4.evals.accuracy.perplexity import Comparison, Perplexity, compare, perplexity
+from torch_int4.evals.speed import generation as speed
+from torch_int4.evals.speed.memory import Memory, linear_bytes, patched_memory, weight_bytes
 from torch_int4.evals.text import builtin_text
 
 PROMPT = "Write a two-sentence story about a small robot."

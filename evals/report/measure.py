@@ -15,9 +15,10 @@ import torch
 
 from torch_int4.config import Int4Config
 from torch_int4.errors import Int4Error
-from torch_int4.evals import models, output, speed
-from torch_int4.evals.memory import weight_bytes
-from torch_int4.evals.perplexity import perplexity
+from torch_int4.evals import models, output
+from torch_int4.evals.accuracy.perplexity import perplexity
+from torch_int4.evals.speed import generation as speed
+from torch_int4.evals.speed.memory import weight_bytes
 from torch_int4.evals.text import builtin_text
 
 
@@ -95,7 +96,7 @@ def build(spec: Spec) -> tuple[Any, Any]:
 
         tokenizer = AutoTokenizer.from_pretrained(spec.model_dir, local_files_only=True)
         return peers.known()[spec.options["peer"]].build(spec.model_dir), tokenizer
-    from torch_int4.evals.quantize import to_int4
+    from torch_int4.evals.accuracy.quantize import to_int4
 
     model, tokenizer = models.load(spec.model_dir)
     options: dict[str, Any] = {
@@ -158,7 +159,7 @@ def _task_items(model: Any, tokenizer: Any, spec: Spec) -> list[dict[str, Any]]:
     """Scores per item of the tasks' deciding accuracies, empty without tasks."""
     if not spec.tasks:
         return []
-    from torch_int4.evals import harness, scores, tasks
+    from torch_int4.evals.accuracy import harness, scores, tasks
 
     chosen = {name: task.scores for name, task in tasks.available().items()}
     lm = harness.CpuLM(model, tokenizer=tokenizer, batch_size="auto", max_length=spec.window)

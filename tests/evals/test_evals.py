@@ -14,8 +14,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from torch_int4 import Int4Error
-from torch_int4.evals import memory, output, speed
-from torch_int4.evals.perplexity import Perplexity, compare, perplexity
+from torch_int4.evals import output
+from torch_int4.evals.accuracy.perplexity import Perplexity, compare, perplexity
+from torch_int4.evals.speed import generation as speed
+from torch_int4.evals.speed import memory
 from torch_int4.evals.text import builtin_text
 
 VOCABULARY = 97

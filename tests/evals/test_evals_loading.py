@@ -6,7 +6,7 @@ import pytest
 from safetensors import safe_open
 
 from torch_int4 import Int4Error
-from torch_int4.evals import loading
+from torch_int4.evals.speed import loading
 
 
 @pytest.fixture(scope="module")

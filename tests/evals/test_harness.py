@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 import torch_int4
 from torch_int4 import Int4Error
 from torch_int4.cli import app
-from torch_int4.evals import command_line, models, tasks
+from torch_int4.evals import models
+from torch_int4.evals.accuracy import command_line, tasks
 from torch_int4.hf import harness_hook
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -56,7 +57,7 @@ def python(code: str, folder: Path) -> None:
 
 
 def results(lm: Any, names: list[str], data: Path, **options: Any) -> dict[str, Any]:
-    from torch_int4.evals import harness
+    from torch_int4.evals.accuracy import harness
 
     with harness.task_manager(names, data) as manager:
         return harness.evaluate(lm, names, manager, **options)
@@ -86,7 +87,7 @@ def test_both_orders_of_import_register_the_type(imports: str, tmp_path: Path) -
         "assert lm_eval.models.__loader__ is lm_eval.models.__spec__.loader\n"
         "assert type(lm_eval.models.__loader__).__name__ == 'SourceFileLoader'\n"
         "assert not any(getattr(finder, 'name', '') == 'lm_eval.models' for finder in sys.meta_path)\n"
-        "assert 'torch_int4.evals.harness' not in sys.modules\n",
+        "assert 'torch_int4.evals.accuracy.harness' not in sys.modules\n",
         tmp_path,
     )
 
@@ -94,7 +95,7 @@ def test_both_orders_of_import_register_the_type(imports: str, tmp_path: Path) -
 def test_the_registered_path_leads_to_our_class() -> None:
     from lm_eval.api.registry import get_model
 
-    from torch_int4.evals.harness import Int4LM
+    from torch_int4.evals.accuracy.harness import Int4LM
 
     assert get_model("torch_int4") is Int4LM
     assert f"{Int4LM.__module__}:{Int4LM.__name__}" == harness_hook.TARGET
@@ -125,7 +126,7 @@ def test_named_type_equals_a_patched_object_and_stock_hf(model_dir: Path, data: 
     """The same model by name, as an object in our class or in lm-eval's own, and saved in int4."""
     from lm_eval.models.huggingface import HFLM
 
-    from torch_int4.evals.harness import Int4LM
+    from torch_int4.evals.accuracy.harness import Int4LM
 
     names = ["piqa", "lambada_openai", "wikitext"]
     with_name = lm_eval.simple_evaluate(
@@ -165,7 +166,7 @@ def _flat(rows: list[list[Any]]) -> torch.Tensor:
 
 
 def test_wrong_arguments_are_named(model_dir: Path) -> None:
-    from torch_int4.evals.harness import Int4LM
+    from torch_int4.evals.accuracy.harness import Int4LM
 
     with pytest.raises(Int4Error, match="group_size must be"):
         Int4LM("no/such/model", group_size=48)
@@ -178,7 +179,7 @@ def test_wrong_arguments_are_named(model_dir: Path) -> None:
 
 
 def test_automatic_batches_depend_on_the_requests_alone(model_dir: Path) -> None:
-    from torch_int4.evals.harness import BATCH_TOKENS, CpuLM
+    from torch_int4.evals.accuracy.harness import BATCH_TOKENS, CpuLM
 
     model, tokenizer = models.load(model_dir)
     lm = CpuLM(model, tokenizer=tokenizer, batch_size="auto")
@@ -208,7 +209,7 @@ def test_local_tasks_are_the_shipped_ones_but_for_the_data(name: str, data: Path
 
 
 def test_prompts_are_those_of_the_harness(data: Path) -> None:
-    from torch_int4.evals import harness
+    from torch_int4.evals.accuracy import harness
 
     expected = {
         "piqa": ("Question: How to open jar 0?\nAnswer:", [" Turn the lid.", " Sing to it."]),
@@ -247,7 +248,7 @@ def test_broken_data_is_named(data: Path, tmp_path: Path) -> None:
 
 
 def test_unknown_tasks_are_named(few_tasks: None) -> None:
-    from torch_int4.evals import harness
+    from torch_int4.evals.accuracy import harness
 
     with pytest.raises(Int4Error, match="no task no_such_task"), harness.task_manager(["no_such_task"]):
         pass

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from torch_int4 import Int4Error
-from torch_int4.evals import models, olmo_data, tasks
+from torch_int4.evals import models
+from torch_int4.evals.accuracy import olmo_data, tasks
 
 datasets = pytest.importorskip("datasets")
 

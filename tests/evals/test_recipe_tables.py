@@ -7,10 +7,13 @@ from dataclasses import asdict
 import pytest
 import torch
 
+import recipe_peers
+import recipes_table
+import train_small
+from recipes_table import Row, accuracy_cells, against_peers, cells, measure, read_rows
 from torch_int4 import Int4Config, Int4Error
 from torch_int4.calibration.data import Calibration
-from torch_int4.evals import models, recipe_peers, recipes_table, train_small
-from torch_int4.evals.recipes_table import Row, accuracy_cells, against_peers, cells, measure, read_rows
+from torch_int4.evals import models
 from torch_int4.nn.linear import Int4Linear
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from it.\n" * 60

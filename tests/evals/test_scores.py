@@ -11,8 +11,9 @@ import pytest
 
 from torch_int4 import Int4Config, Int4Error
 from torch_int4.config.text import parse_config
-from torch_int4.evals import accuracy, scores
-from torch_int4.evals.scores import Items
+from torch_int4.evals.accuracy import run as accuracy
+from torch_int4.evals.accuracy import scores
+from torch_int4.evals.accuracy.scores import Items
 
 
 def sample(doc: int, **metrics: Any) -> dict[str, Any]:

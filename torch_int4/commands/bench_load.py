@@ -31,7 +31,8 @@ def main(
     """
     from dataclasses import asdict
 
-    from torch_int4.evals import loading, output
+    from torch_int4.evals import output
+    from torch_int4.evals.speed import loading
 
     if random is not None and not (model / "config.json").exists():
         typer.echo(f"writing {loading.write_random(model, random) / 1e9:.1f} GB to {model}")

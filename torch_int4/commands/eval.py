@@ -51,8 +51,10 @@ def main(
 
     from torch_int4.config.text import parse_config
     from torch_int4.errors import Int4Error
-    from torch_int4.evals import accuracy, olmo_data, output
-    from torch_int4.evals import tasks as local
+    from torch_int4.evals import output
+    from torch_int4.evals.accuracy import olmo_data
+    from torch_int4.evals.accuracy import run as accuracy
+    from torch_int4.evals.accuracy import tasks as local
 
     names = list(local.PAPER) if tasks == "paper" else [name for name in tasks.split(",") if name]
     if not names:

@@ -30,6 +30,6 @@ def main(
     if context.args in ([], ["--help"]):
         typer.echo(context.get_help())
         return
-    from torch_int4.evals import command_line, olmo_data
+    from torch_int4.evals.accuracy import command_line, olmo_data
 
     command_line.run(context.args, olmo_data.resolve(data))

@@ -46,8 +46,9 @@ def main(
     from rich.console import Console
 
     from torch_int4.config.text import parse_config
-    from torch_int4.evals import olmo_data, output
-    from torch_int4.evals import tasks as local
+    from torch_int4.evals import output
+    from torch_int4.evals.accuracy import olmo_data
+    from torch_int4.evals.accuracy import tasks as local
     from torch_int4.evals.report import methods, page, plots
     from torch_int4.evals.report import run as report
 

@@ -14,7 +14,7 @@ from types import ModuleType
 from torch_int4.support.after_import import after_import
 
 NAME = "torch_int4"
-TARGET = "torch_int4.evals.harness:Int4LM"
+TARGET = "torch_int4.evals.accuracy.harness:Int4LM"
 _MODULE = "lm_eval.models"
 _REGISTRY = "lm_eval.api.registry"
 

@@ -1,6 +1,6 @@
 """What plain rounding costs: perplexity, KL and top-1 agreement for every group size and offset kind.
 
-Run ``python -m torch_int4.evals.rtn_table --help``. The table is meant to be unflattering: a model of
+Run ``python evals/tables/rtn_table.py --help``. The table is meant to be unflattering: a model of
 135M parameters suffers far more from 4 bits than one of 7B, and rounding to nearest is the simplest recipe.
 """
 
@@ -78,8 +78,8 @@ def table(
     Memory: the float model twice. Time: two forward passes of the text and one quantization per row.
     """
     import torch_int4
-    from torch_int4.evals.memory import linear_bytes, patched_memory, weight_bytes
-    from torch_int4.evals.perplexity import compare, perplexity
+    from torch_int4.evals.accuracy.perplexity import compare, perplexity
+    from torch_int4.evals.speed.memory import linear_bytes, patched_memory, weight_bytes
 
     before = linear_bytes(model)
     bits = 8.0 * sum(weight_bytes(model).values()) / sum(p.numel() for p in model.parameters())
@@ -135,9 +135,9 @@ def main(
 
     Examples:
 
-        python -m torch_int4.evals.rtn_table --group 32 --no-clip
+        python evals/tables/rtn_table.py --group 32 --no-clip
 
-        python -m torch_int4.evals.rtn_table --text wiki.test.raw --tokens 12288 --window 1024 --compute fp32
+        python evals/tables/rtn_table.py --text wiki.test.raw --tokens 12288 --window 1024 --compute fp32
     """
     from torch_int4.errors import Int4Error
     from torch_int4.evals import models, output

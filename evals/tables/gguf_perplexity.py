@@ -1,6 +1,6 @@
 """Perplexity of the default model's GGUF file: expanded to floats, and with its blocks taken over.
 
-python -m torch_int4.evals.gguf_perplexity TEXT [TOKENS]
+python evals/tables/gguf_perplexity.py TEXT [TOKENS]
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from torch_int4.evals import models
-from torch_int4.evals.perplexity import Perplexity, compare, perplexity
+from torch_int4.evals.accuracy.perplexity import Perplexity, compare, perplexity
 
 WINDOW = 256
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch_int4
 from torch_int4 import Int4Config, Int4Error
-from torch_int4.evals import models, output, scores, tasks
-from torch_int4.evals.quantize import is_patched, to_int4
-from torch_int4.evals.scores import Items
+from torch_int4.evals import models, output
+from torch_int4.evals.accuracy import scores, tasks
+from torch_int4.evals.accuracy.quantize import is_patched, to_int4
+from torch_int4.evals.accuracy.scores import Items
 from torch_int4.tuning.paired import PairedLoss
 
 HEADER = ("task", "metric", "items", "float", "±", "int4", "loss", "± paired", "verdict")
@@ -99,7 +100,7 @@ def run(
             directory as `baseline` and no config.
         configs: how to quantize, one comparison each.
         names: lm-eval's names of tasks.
-        data: folder with the data of the tasks (see `evals/tasks`); None takes it from the hub.
+        data: folder with the data of the tasks (see `evals/accuracy/tasks`); None takes it from the hub.
         baseline: "float" for `model` itself before it is quantized, or another directory.
         limit: only the first so many documents of each task.
         batch_size: as in lm-eval; "auto" gives both models the same batches.
@@ -111,7 +112,7 @@ def run(
     Raises:
         Int4Error: a model, a task or its data cannot be loaded, or a config cannot be applied.
     """
-    from torch_int4.evals import harness
+    from torch_int4.evals.accuracy import harness
 
     def evaluate(loaded: Any, tokenizer: Any, what: str) -> tuple[tuple[Items, ...], Any]:
         note(f"{what}: {', '.join(names)}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from unittest import mock
 
 from torch_int4.errors import Int4Error
-from torch_int4.evals import tasks
+from torch_int4.evals.accuracy import tasks
 
 
 def run(arguments: Sequence[str], data: str | Path | None = None) -> None:

@@ -19,7 +19,7 @@ import torch_int4
 from torch_int4.config import Int4Config
 from torch_int4.errors import Int4Error
 from torch_int4.evals import models
-from torch_int4.evals.perplexity import Perplexity, perplexity
+from torch_int4.evals.accuracy.perplexity import Perplexity, perplexity
 
 FOLDER = Path(__file__).parent
 TOKENS, WINDOW = 640, 160

@@ -20,8 +20,8 @@ from typing import Any
 import torch_int4
 from torch_int4.config.text import pattern_fields, patterns
 from torch_int4.errors import Int4Error
-from torch_int4.evals import tasks
-from torch_int4.evals.quantize import is_patched, to_int4
+from torch_int4.evals.accuracy import tasks
+from torch_int4.evals.accuracy.quantize import is_patched, to_int4
 from torch_int4.hf.harness_hook import NAME
 
 try:

@@ -2,7 +2,7 @@
 
 The error is that of our product (compute="fp32", so that only the reading counts) against the product with the tool's
 own dequantized weight: norm of the difference over norm of the result. Run:
-    python -m torch_int4.evals.format_table
+    python evals/tables/format_table.py
 """
 
 from __future__ import annotations

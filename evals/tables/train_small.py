@@ -1,6 +1,6 @@
 """Trains a small model of a family on a text, so that families without a small published model can be measured.
 
-Run ``python -m torch_int4.evals.train_small --help``. Models of a few million parameters trained for minutes barely
+Run ``python evals/tables/train_small.py --help``. Models of a few million parameters trained for minutes barely
 react to 4 bits: they show that a family is quantized right, and say little about quality.
 """
 
@@ -118,7 +118,7 @@ def main(
 
     Examples:
 
-        python -m torch_int4.evals.train_small --family falcon --text wiki.train.tokens --out falcon-small
+        python evals/tables/train_small.py --family falcon --text wiki.train.tokens --out falcon-small
     """
     try:
         content = text.read_text(encoding="utf-8")

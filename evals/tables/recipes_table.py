@@ -1,6 +1,6 @@
 """What each recipe recovers: perplexity of recipes at several group sizes, and accuracy on LAMBADA if asked for.
 
-Run ``python -m torch_int4.evals.recipes_table --help``. Every row is written to a JSON lines file as soon as it is
+Run ``python evals/tables/recipes_table.py --help``. Every row is written to a JSON lines file as soon as it is
 measured, and rows that are there already are not measured again: a run that was stopped goes on.
 """
 
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from torch_int4.evals import recipe_peers
+import recipe_peers
 
 OFFSETS: dict[str, dict[str, Any]] = {
     "symmetric": {"symmetric": True},
@@ -132,8 +132,8 @@ def measure(
     `settings` has window and more; `answer` gives a model's score on each item of a task.
     """
     import torch_int4
-    from torch_int4.evals.memory import linear_bytes, patched_memory, weight_bytes
-    from torch_int4.evals.perplexity import perplexity
+    from torch_int4.evals.accuracy.perplexity import perplexity
+    from torch_int4.evals.speed.memory import linear_bytes, patched_memory, weight_bytes
 
     for recipe, group, offset in options:
         model, seconds = load(), 0.0
@@ -177,7 +177,7 @@ def lambada(tokenizer: Any, data: Path | None, items: int, window: int) -> Itera
     if data is None:
         yield lambda model: ()
         return
-    from torch_int4.evals import harness, scores
+    from torch_int4.evals.accuracy import harness, scores
 
     with harness.task_manager((TASK,), data) as manager:
 
@@ -227,7 +227,7 @@ def main(
 
     Examples:
 
-        python -m torch_int4.evals.recipes_table --text wiki.test.raw --calibration wiki.train.tokens --out rows.jsonl
+        python evals/tables/recipes_table.py --text wiki.test.raw --calibration wiki.train.tokens --out rows.jsonl
     """
     from torch_int4.calibration.data import Calibration
     from torch_int4.errors import Int4Error

@@ -1,6 +1,6 @@
 """What the KV cache's storage costs: perplexity of a patched model whose attention reads each kind of cache.
 
-Run ``python -m torch_int4.evals.cache_table --help``.
+Run ``python evals/tables/cache_table.py --help``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Row:
 def table(model: Any, ids: Any, *, window: int) -> Iterator[Row]:
     """Perplexity of a patched model on token ids [T] with each of CACHES."""
     from torch_int4 import Int4Cache
-    from torch_int4.evals.perplexity import compare, perplexity
+    from torch_int4.evals.accuracy.perplexity import compare, perplexity
 
     sizes: dict[str, int] = {}
 
@@ -79,7 +79,7 @@ def main(
 
     Example:
 
-        python -m torch_int4.evals.cache_table --text wiki.test.raw --tokens 12288 --window 1024
+        python evals/tables/cache_table.py --text wiki.test.raw --tokens 12288 --window 1024
     """
     from torch_int4 import patch
     from torch_int4.errors import Int4Error

@@ -12,7 +12,7 @@ import torch
 from torch_int4.errors import Int4Error
 from torch_int4.tuning.paired import PairedLoss, accuracy_loss, perplexity_loss
 
-# Metrics of tasks without a file in evals/tasks: the first one that a task has decides.
+# Metrics of tasks without a file in evals/accuracy/tasks: the first one that a task has decides.
 _USUAL = ("acc", "exact_match", "word_perplexity", "perplexity")
 
 
