@@ -24,7 +24,7 @@ class Tape:
     """Hidden states `[samples, T, H]` in front of the next block, and the other arguments of every block.
 
     Samples are run in batches of one size, the last one may be smaller. The states of a batch are overwritten by its
-    outputs when the tape advances. `tell` is called with the number of each block whose arguments are taken.
+    outputs when the tape advances. While arguments are taken, `tell` is given how many blocks a pass has reached.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Tape:
         blocks: Sequence[nn.Module],
         windows: Tensor,
         batch: int,
-        tell: Callable[[int], None] = lambda index: None,
+        tell: Callable[[int], None] = lambda reached: None,
     ) -> None:
         self.blocks = list(blocks)
         self.spans = [slice(i, min(i + batch, len(windows))) for i in range(0, len(windows), batch)]
@@ -110,7 +110,7 @@ def _record(
         calls.append(((None, *args[1:]) if args else (), dict(kwargs)))
         if not full:
             raise _StopForward
-        tell(len(calls) - 1)
+        tell(len(calls))
         running.enter_context(_weights_in_fp32(module))
         return _cast(args), _cast(kwargs)
 

@@ -8,8 +8,6 @@ captured inputs.
 from __future__ import annotations
 
 import itertools
-import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +26,7 @@ from torch_int4.recipes.parts import folds as folding
 from torch_int4.recipes.parts.block import Block, Inputs, Linear
 from torch_int4.recipes.parts.compose import quantize_block
 from torch_int4.recipes.parts.folds import Fold
+from torch_int4.support.progress import ProgressLine
 from torch_int4.weights.canonical import Int4Weight
 
 Chosen = dict[str, tuple[nn.Module, int]]  # linears to quantize: name -> module, bits
@@ -63,12 +62,14 @@ class CalibratedPass:
         self.notices: list[str] = []
         self.names, blocks = find_blocks(model, chosen)
         windows = calibration.windows(model)
-        self.progress = _show(progress)
+        self.progress = progress
         self.saved: Progress | None = None
         if calibration.resume is not None:
             notes = (config.recipe, calibration.batch, calibration.seed, self.names)
             self.saved = Progress(calibration.resume, fingerprint(self.config, windows, _tensors(model), *notes))
-        self.tape = Tape(model, blocks, windows, calibration.batch, self._tell_arguments)
+        # On a large model the arguments of all blocks take a while, before any block is done.
+        with self._line(len(blocks), "arguments of") as line:
+            self.tape = Tape(model, blocks, windows, calibration.batch, line.reach)
         self.clean: Tensor | None = self.tape.hidden.clone() if self.recipe.needs_targets else None
         if calibration.offload is not None:
             self.tape.offload(calibration.offload, "quantized.bin")
@@ -76,35 +77,21 @@ class CalibratedPass:
     def weights(self) -> Iterator[tuple[str, Int4Weight]]:
         """Names and weights, block after block; the caller replaces each linear before it asks for the next one."""
         done = self.saved.done if self.saved else 0
-        start = time.monotonic()
-        with evaluating(self.model):
+        with evaluating(self.model), self._line(len(self.tape.blocks), done=done) as line:
             for index, module in enumerate(self.tape.blocks):
                 if index < done:
                     yield from self._restore(index, module, last=index == done - 1)
                     continue
-                self._tell(index, done, start)
                 found, rest = self._quantize(index, module)
                 yield from found.items()
                 self.tape.advance(index, module)
                 if self.saved is not None:
                     self.saved.save(index, found, rest, self._states())
-            self._tell(len(self.tape.blocks), done, start)
+                line.advance()
 
-    def _tell_arguments(self, index: int) -> None:
-        """Write which block's arguments are taken: on a large model that takes a while, before any block is done."""
-        if self.progress:
-            text = f"\rtorch_int4: {self.recipe.name}, arguments of block {index + 1}/{len(self.names)}   "
-            print(text, end="", file=sys.stderr, flush=True)
-
-    def _tell(self, index: int, done: int, start: float) -> None:
-        """Write how far the pass is, and how long the rest will take at the pace so far."""
-        if not self.progress:
-            return
-        total, pace = len(self.tape.blocks), (time.monotonic() - start) / max(index - done, 1)
-        left = int(pace * (total - index))
-        when = f", {left // 60}:{left % 60:02d} left" if done < index < total else ""
-        end = "\n" if index == total else ""
-        print(f"\rtorch_int4: {self.recipe.name}, block {index}/{total}{when}   ", end=end, file=sys.stderr, flush=True)
+    def _line(self, blocks: int, what: str = "", done: int = 0) -> ProgressLine:
+        title = f"{self.recipe.name}, {what}".strip()
+        return ProgressLine(blocks, "blocks", title=title, show=self.progress, done=done)
 
     def _states(self) -> dict[str, Tensor]:
         return {"hidden": self.tape.hidden, **({} if self.clean is None else {"clean": self.clean})}
@@ -249,7 +236,3 @@ def _put_back(module: nn.Module, rest: dict[str, Tensor]) -> None:
     own = dict(_tensors(module))
     for name, tensor in rest.items():
         own[name].data = tensor.to(own[name].dtype)
-
-
-def _show(progress: bool | None) -> bool:
-    return (sys.stderr is not None and sys.stderr.isatty()) if progress is None else progress

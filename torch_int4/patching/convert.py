@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,9 +19,8 @@ from torch_int4.patching import hooks as _hooks
 from torch_int4.patching import scan as _scan
 from torch_int4.patching.report import PatchedLinear, PatchReport
 from torch_int4.patching.scan import Target
+from torch_int4.support.progress import track
 from torch_int4.weights.canonical import Int4Weight
-
-ItemT = TypeVar("ItemT")
 
 
 def calibrated_pass(
@@ -47,7 +45,7 @@ def convert_foreign(
     foreign: list[_foreign.Foreign], config: Int4Config, report: PatchReport, progress: bool | None
 ) -> None:
     """Take over the linears of other backends, one after another."""
-    for done, target in enumerate(_with_progress(foreign, progress)):
+    for done, target in enumerate(track(foreign, "linears", show=progress)):
         try:
             _foreign.convert(target, config, report)
         except Exception as error:
@@ -86,7 +84,8 @@ def _weights(
         for name, weight in calibrated.weights():
             yield by_name.pop(name), weight
     rounding = recipes.parse(config.recipe).rounding if calibrated is None else recipes.get("rtn")
-    for target in _with_progress(list(by_name.values()), progress and calibrated is None):
+    show = progress if calibrated is None else False
+    for target in track(list(by_name.values()), "linears", show=show):
         old = target.module
         assert old is not None
         assert isinstance(old.weight, Tensor)
@@ -109,15 +108,3 @@ def _replace(target: Target, quantized: Int4Weight, config: Int4Config) -> Patch
     target.module = None
     after = new.nbytes
     return PatchedLinear(target.name, rows, inputs, target.bits, before, after, target.shared)
-
-
-def _with_progress(items: list[ItemT], show: bool | None) -> Iterator[ItemT]:
-    """The items, counted on the standard error output."""
-    if show is None:
-        show = sys.stderr is not None and sys.stderr.isatty()
-    for done, item in enumerate(items):
-        if show:
-            print(f"\rtorch_int4: {done}/{len(items)} linears", end="", file=sys.stderr, flush=True)
-        yield item
-    if show and items:
-        print(f"\rtorch_int4: {len(items)}/{len(items)} linears", file=sys.stderr)

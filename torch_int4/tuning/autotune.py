@@ -8,7 +8,6 @@ damage per byte are stored in int8, as few as it takes. What was tried is told i
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from torch_int4.config import Int4Config
 from torch_int4.errors import Int4Error
 from torch_int4.nn.linear import Int4Linear
 from torch_int4.patching.patcher import patch
+from torch_int4.support.progress import tell
 from torch_int4.tuning.paired import PairedLoss, worst
 from torch_int4.tuning.pristine import Pristine
 from torch_int4.tuning.scoring import Scores, Task, WindowTask, compare
@@ -164,7 +164,7 @@ class _Tuner:
         self, model: Any, data: Calibration, tasks: Sequence[Task], max_loss: float, progress: bool | None
     ) -> None:
         self.tasks, self.data, self.max_loss = tasks, data, max_loss
-        self.show = (sys.stderr is not None and sys.stderr.isatty()) if progress is None else progress
+        self.show = progress
         self.base: dict[str, Scores] = {task.name: task.scores(model) for task in tasks}
         self.bandwidth = read_bandwidth()
         self.tried: list[Tried] = []
@@ -196,9 +196,8 @@ class _Tuner:
         bits = model.torch_int4_report.bits_per_weight()
         speed = self.bandwidth / max(weight_bytes(model), 1)
         self.tried.append(Tried(config, losses, bits, seconds, speed, int8))
-        if self.show:
-            last = self.tried[-1]
-            print(f"torch_int4: {last.name}: {last.worst(self.max_loss)}", file=sys.stderr, flush=True)
+        last = self.tried[-1]
+        tell(f"{last.name}: {last.worst(self.max_loss)}", self.show)
         return model
 
     def _passes(self) -> bool:

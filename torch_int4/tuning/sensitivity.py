@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch_int4 import recipes
 from torch_int4.config import Int4Config
 from torch_int4.patching.families import find
 from torch_int4.patching.scan import find_head, find_targets
+from torch_int4.support.progress import track
 from torch_int4.tuning.scoring import WindowTask
 
 TOKENS = 512  # of all windows together, that every layer is measured on
@@ -32,7 +32,7 @@ class Layer:
         return max(self.kl, 0.0) / (self.weights / 2)
 
 
-def damage(model: Any, config: Int4Config, windows: Tensor, *, progress: bool = False) -> list[Layer]:
+def damage(model: Any, config: Int4Config, windows: Tensor, *, progress: bool | None = False) -> list[Layer]:
     """All 4-bit linears of a float model, those with most damage per byte first; the model is left as it was.
 
     The weights of one linear at a time are rounded to nearest, whatever the recipe: other recipes do less damage, in
@@ -44,7 +44,7 @@ def damage(model: Any, config: Int4Config, windows: Tensor, *, progress: bool = 
     rtn, layers = recipes.get("rtn"), []
     targets, _ = find_targets(model, config, find_head(model, find(None)))
     chosen = [target for target in targets if target.bits == 4]
-    for done, target in enumerate(chosen):
+    for target in track(chosen, "linears", title="damage of", show=progress):
         module = target.module
         assert isinstance(module, nn.Module)
         parameter = module._parameters["weight"]
@@ -56,10 +56,6 @@ def damage(model: Any, config: Int4Config, windows: Tensor, *, progress: bool = 
         kl = task.scores(model).values.mean().item()
         parameter.data = before
         layers.append(Layer(target.name, kl if kl == kl else float("inf"), before.numel()))
-        if progress:
-            print(f"\rtorch_int4: damage of {done + 1}/{len(chosen)} linears", end="", file=sys.stderr, flush=True)
-    if progress:
-        print(file=sys.stderr)
     return sorted(layers, key=lambda layer: (-layer.per_byte, layer.name))
 
 
