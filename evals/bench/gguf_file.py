@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy
 
 from torch_int4 import Int4Error
 from torch_int4.evals.bench.shapes import Shape
+from torch_int4.support.atomic import replaced_file
 
 # model_type: llama.cpp's name of the architecture. What is not here it does not run.
 ARCHITECTURES = {"llama": "llama", "gpt_neox": "gptneox", "falcon": "falcon"}
@@ -33,12 +33,8 @@ def write(shape: Shape, folder: Path) -> Path:
     if architecture(shape) is None:
         raise Int4Error(f"shape {shape.name}: llama.cpp has no {shape.model_type} models")
     folder.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(f".partial-{os.getpid()}")
-    try:
+    with replaced_file(target) as partial:
         _write(shape, partial)
-        partial.rename(target)
-    finally:
-        partial.unlink(missing_ok=True)
     return target
 
 

@@ -8,14 +8,13 @@ a tensor at a time, so that a 7B model needs no memory here; the builder would l
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy
 
 from torch_int4.evals.bench.shapes import Shape
+from torch_int4.support.atomic import replaced_folder
 
 BLOCK = 32
 DATA = "model.onnx.data"
@@ -41,14 +40,8 @@ def write(shape: Shape, folder: Path, threads: int) -> Path:
     """The folder of a shape's model, written if it is not there; the number of threads is put into its config."""
     target = folder / f"{shape.name}-onnx"
     if not target.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".partial-{os.getpid()}-onnx"
-        partial.mkdir()
-        try:
+        with replaced_folder(target) as partial:
             _Graph(shape.config(), partial).save()
-            partial.rename(target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     (target / "genai_config.json").write_text(json.dumps(_genai_config(shape.config(), threads), indent=1))
     return target
 

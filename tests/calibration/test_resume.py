@@ -95,7 +95,7 @@ def test_a_run_that_is_killed_leaves_whole_files_only(tmp_path):
     process.wait()
     assert (tmp_path / "block-0000.safetensors").exists()
     assert not (tmp_path / "block-0001.safetensors").exists()
-    (tmp_path / "block-0001.partial").write_bytes(b"half a file")
+    (tmp_path / ".partial-x").write_bytes(b"half a file")
     _, want = patched("llama", "awq+gptq", small(samples=6, batch=2))
     _, got = patched("llama", "awq+gptq", small(samples=6, batch=2, resume=tmp_path))
     assert_same_bits(got, want)

@@ -119,7 +119,7 @@ def test_two_processes_may_convert_at_once(package: Path, monkeypatch: pytest.Mo
         (target / "config.json").write_text("theirs")
 
     monkeypatch.setattr(models, "convert", convert)
-    assert (models.default_model_dir() / "config.json").read_text() == "theirs"
+    assert (models.default_model_dir() / "config.json").read_text() == "ours"
     assert list(models.cache_dir().iterdir()) == [target]
 
 

@@ -92,6 +92,46 @@ def test_refusals(tmp_path):
         pass
 
 
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    target = tmp_path / "f.json"
+    with atomic.replaced_file(target) as partial:
+        partial.write_text("new")
+        assert not target.exists()
+    assert target.read_text() == "new"
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    assert target.stat().st_mode == plain.stat().st_mode
+    target.chmod(0o640)
+
+    def fail(text):
+        with atomic.replaced_file(target) as partial:
+            partial.write_text(text)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail("half")
+    assert target.read_text() == "new"
+    with atomic.replaced_file(target) as partial:
+        partial.write_text("newer")
+    assert target.read_text() == "newer"
+    assert target.stat().st_mode & 0o777 == 0o640
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="full"), atomic.replaced_file(target) as partial:
+        partial.write_text("newest")
+    assert target.read_text() == "newer"
+    assert sorted(os.listdir(tmp_path)) == ["f.json", "plain"]
+
+
+def test_files_that_killed_processes_left_are_removed_a_day_later(tmp_path):
+    old, young = tmp_path / ".partial-old", tmp_path / ".partial-young"
+    for left in (old, young):
+        left.write_text("half")
+    os.utime(old, (0, 0))
+    with atomic.replaced_file(tmp_path / "f") as partial:
+        partial.write_text("whole")
+    assert sorted(os.listdir(tmp_path)) == [".partial-young", "f"]
+
+
 def test_a_link_to_a_folder_stays_a_link(tmp_path):
     write(tmp_path / "real", {"config.json": "old"})
     (tmp_path / "link").symlink_to("real")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from torch_int4.errors import Int4Error
+from torch_int4.support.atomic import replaced_file
 from torch_int4.weights.canonical import Int4Weight
 
 TENSORS = ("codes", "scales", "zeros", "offsets", "perm")
@@ -41,9 +40,8 @@ class Progress:
                     "version); give another folder, or delete it"
                 )
         else:
-            partial = note.with_suffix(".partial")
-            partial.write_text(json.dumps({"fingerprint": fingerprint}) + "\n", encoding="utf-8")
-            os.replace(partial, note)
+            with replaced_file(note) as partial:
+                partial.write_text(json.dumps({"fingerprint": fingerprint}) + "\n", encoding="utf-8")
 
     @property
     def done(self) -> int:
@@ -110,8 +108,5 @@ def fingerprint(config: object, windows: Tensor, tensors: Iterable[tuple[str, Te
 
 
 def _write(tensors: dict[str, Tensor], path: Path, notes: dict[str, str]) -> None:
-    partial = path.with_suffix(".partial")
-    save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, str(partial), notes)
-    with contextlib.suppress(OSError), open(partial, "rb") as file:  # a rename may overtake the data otherwise
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with replaced_file(path) as partial:
+        save_file({name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, str(partial), notes)

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, whenever the process that writes them is killed."""
+"""Files and folders that appear whole or not at all, whenever the process that writes them is killed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from pathlib import Path
 from torch_int4.errors import Int4Error
 
 _LOCK = ".torch_int4.lock"
+_PARTIAL = ".partial-"
 _JUST_MADE = 600  # seconds
+_LONG_AGO = 24 * 3600
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 _HERE = -100  # AT_FDCWD
 
@@ -55,6 +57,50 @@ def replaced_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def replaced_file(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path beside `target` to write a file to, which takes the place of `target` when the block ends.
+
+    If the block fails, nothing has changed, and what it wrote is removed.
+
+    Raises:
+        OSError: the file cannot be made, flushed or renamed.
+    """
+    final = Path(target)
+    partial = new_file(final.parent)
+    try:
+        os.chmod(partial, final.stat().st_mode & 0o7777 if final.exists() else 0o666 & ~_mask())
+        yield partial
+        put_in_place(partial, final)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def new_file(folder: Path) -> Path:
+    """An empty, hidden file for the owner alone, whose name no other process has; removes those left behind long ago.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    for left in folder.glob(f"{_PARTIAL}*"):
+        with contextlib.suppress(OSError):  # somebody else removes it, or it is a folder
+            if time.time() - left.stat().st_mtime > _LONG_AGO:
+                left.unlink()
+    handle, name = tempfile.mkstemp(prefix=_PARTIAL, dir=folder)
+    os.close(handle)
+    return Path(name)
+
+
+def put_in_place(partial: Path, final: Path) -> None:
+    """Flush a file to the disk and give it its name; an older file of that name is gone.
+
+    Raises:
+        OSError: it cannot be flushed or renamed.
+    """
+    _flush_one(partial)  # a rename may overtake the data otherwise
+    os.replace(partial, final)
+
+
 def _prefix(final: Path) -> str:
     return f".{final.name}.saving-"
 
@@ -63,9 +109,13 @@ def _mode(final: Path) -> int:
     """What a folder made here by mkdir would get; mkdtemp's are for the owner alone."""
     if final.is_dir():
         return final.stat().st_mode & 0o7777
+    return 0o777 & ~_mask()
+
+
+def _mask() -> int:
     mask = os.umask(0)
     os.umask(mask)
-    return 0o777 & ~mask
+    return mask
 
 
 @contextlib.contextmanager
@@ -134,16 +184,19 @@ def _flush(folder: Path) -> None:
     for root, _, files in os.walk(folder):
         for name in [*files, ""]:
             path = os.path.join(root, name)
-            if os.path.islink(path):
-                continue
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            except OSError as error:
-                if error.errno != errno.EINVAL:  # folders of some file systems cannot be flushed
-                    raise
-            finally:
-                os.close(handle)
+            if not os.path.islink(path):
+                _flush_one(path)
+
+
+def _flush_one(path: str | os.PathLike[str]) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # folders of some file systems cannot be flushed
+            raise
+    finally:
+        os.close(handle)
 
 
 def _publish(partial: Path, final: Path) -> None:
@@ -155,11 +208,7 @@ def _publish(partial: Path, final: Path) -> None:
             raise
         if not _exchange(partial, final):
             _swap_in_steps(partial, final)
-    flush = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(flush)
-    finally:
-        os.close(flush)
+    _flush_one(final.parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:

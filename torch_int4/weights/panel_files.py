@@ -13,7 +13,6 @@ import json
 import mmap
 import os
 import struct
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from torch_int4.errors import Int4Error
 from torch_int4.nn.linear import Int4Linear
+from torch_int4.support.atomic import new_file, put_in_place, replaced_file
 
 LAYOUT = "torch_int4 panels P16 1"  # changes with the packed layout
 VARIABLE = "TORCH_INT4_PANELS"
@@ -77,7 +77,7 @@ class PanelWriter:
         self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            handle, partial = tempfile.mkstemp(prefix=".partial-", dir=folder)
+            partial = new_file(folder)
         except OSError as error:
             raise trouble(folder, error) from error
         room = _PAGE + sum(_ENTRY + 8 * len(name.encode()) for name in names)
@@ -85,8 +85,8 @@ class PanelWriter:
         self._header: dict[str, Any] = {}
         self._shapes: dict[str, dict[str, Any]] = {}
         self._final = None if name is None else folder / name
-        self._partial: str | None = partial
-        self._file: IO[bytes] = os.fdopen(handle, "w+b")
+        self._partial: Path | None = partial
+        self._file: IO[bytes] = partial.open("w+b")
         self._file.seek(self._start)
 
     def add(self, name: str, linear: Int4Linear) -> None:
@@ -129,8 +129,7 @@ class PanelWriter:
             linears = map_file(self._partial)
             os.unlink(self._partial)
         else:
-            os.fsync(self._file.fileno())
-            os.replace(self._partial, self._final)
+            put_in_place(self._partial, self._final)
             linears = map_file(self._final)
         self._partial = None
         self._file.close()
@@ -223,10 +222,8 @@ def _digest(file: str, folder: Path) -> str:
     for block in _blocks(file):
         digest.update(block)
     known.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=known.parent)
-    with os.fdopen(handle, "w") as target:
-        target.write(digest.hexdigest())
-    os.replace(partial, known)
+    with replaced_file(known) as partial:
+        partial.write_text(digest.hexdigest())
     return digest.hexdigest()
 
 
