@@ -20,8 +20,9 @@ import torch_int4
 from torch_int4.evals import models
 from torch_int4.evals.accuracy.perplexity import Comparison, Perplexity, compare, perplexity
 from torch_int4.evals.speed import generation as speed
-from torch_int4.evals.speed.memory import Memory, linear_bytes, patched_memory, weight_bytes
-from torch_int4.evals.text import builtin_text
+from torch_int4.evals.speed.memory import Memory, linear_bytes, patched_memory
+from torch_int4.support.text import builtin_text
+from torch_int4.tuning.footprint import weight_bytes
 
 PROMPT = "Write a two-sentence story about a small robot."
 

@@ -38,7 +38,7 @@ def write(shape: Shape, folder: Path) -> Path:
     return target
 
 
-def weight_bytes(path: Path) -> int:
+def read_bytes(path: Path) -> int:
     """Bytes that a token reads: all tensors but the embedding, which is read too where it is the head as well."""
     from gguf import GGUFReader
 

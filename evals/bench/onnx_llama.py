@@ -30,7 +30,7 @@ def estimate(shape: Shape) -> int:
     )
 
 
-def weight_bytes(folder: Path) -> int:
+def read_bytes(folder: Path) -> int:
     """Bytes that a token reads: all weights but the embedding."""
     embedding: int = json.loads((folder / "bench.json").read_text())["embedding_bytes"]
     return (folder / DATA).stat().st_size - embedding

@@ -7,24 +7,17 @@ a shared machine can only make a sample smaller than the limit.
 
 from __future__ import annotations
 
-import mmap
-import re
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from torch_int4 import ops  # noqa: F401  (registers the probes)
 from torch_int4.errors import Int4Error
+from torch_int4.tuning.bandwidth import SIZE, USUAL, ReadBuffer
 
-HUGE = 2 << 20
 PAGES = ("2 MiB", "4 KiB")
 VARIANTS = tuple((streams, prefetch) for streams in (1, 2, 4, 8) for prefetch in (0, 1024, 4096))  # bytes ahead
-READ_NOW = ((1, 0), (4, 0))
 ISSUE = "issue"  # the probe whose operations are instructions
 _PROBE_SECONDS = 0.001  # short, so that some samples are undisturbed on a busy machine
-_STEP = 256 * 8  # bytes: the buffer must divide among threads and streams
 
 # The limit of each kernel set: of products of 4-bit weights in int8, in bf16, and in fp32.
 ISA_PROBES = {
@@ -49,45 +42,11 @@ class Limit:
         return work / seconds / self.per_second
 
 
-class ReadBuffer:
-    """Memory with 2 MiB or 4 KiB pages as far as Linux grants them; `granted` is the share in 2 MiB pages."""
-
-    def __init__(self, size: int, *, huge: bool) -> None:
-        self._map = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._map.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
-        whole = torch.frombuffer(self._map, dtype=torch.uint8)
-        start = -whole.data_ptr() % HUGE
-        step = _STEP * torch.get_num_threads()
-        self.data: Tensor = whole[start : start + size // step * step]
-        self.data.fill_(1)
-        self.granted = _huge_share(self.data)
-
-    def seconds(self, streams: int, prefetch: int) -> float:
-        """Time to read all of it once."""
-        return float(torch.ops.torch_int4.probe_read(self.data, streams, prefetch))
-
-
-def _huge_share(data: Tensor) -> float:
-    """The share of `data` that lies in 2 MiB pages, as Linux counts them; NaN where it does not say."""
-    try:
-        lines = Path("/proc/self/smaps").read_text().splitlines()
-    except OSError:
-        return float("nan")
-    inside = False
-    middle = data.data_ptr() + data.numel() // 2
-    for line in lines:
-        if span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            inside = int(span[1], 16) <= middle < int(span[2], 16)
-        elif inside and line.startswith("AnonHugePages:"):
-            return min(1.0, int(line.split()[1]) * 1024 / data.numel())
-    return float("nan")
-
-
 @dataclass
 class Roofline:
     """Samples of the limits. `start` takes the first ones; `refresh` adds some of what a point is held against."""
 
-    size: int = 256 << 20  # bytes to read; more than any cache here
+    size: int = SIZE  # bytes to read
     read: dict[str, tuple[float, int, int]] = field(default_factory=dict)  # pages: bytes/s, streams, prefetch
     peaks: dict[str, float] = field(default_factory=dict)  # operations/s, and instructions/s of ISSUE
     huge_granted: float = float("nan")
@@ -127,7 +86,7 @@ class Roofline:
         pages = PAGES[0]
         if self._buffer is None:
             return self.read[pages][0]
-        variants = {self.read[pages][1:], *READ_NOW}
+        variants = {self.read[pages][1:], *USUAL}
         return max(self._note_read(pages, self._buffer, *variant) for variant in sorted(variants))
 
     def issue_now(self) -> float:
@@ -150,7 +109,7 @@ class Roofline:
         return Limit(name + (" / 2" if terms == 2 else ""), self.peaks[name] / terms)
 
     def _note_read(self, pages: str, buffer: ReadBuffer, streams: int, prefetch: int) -> float:
-        speed = buffer.data.numel() / buffer.seconds(streams, prefetch)
+        speed = buffer.speed(streams, prefetch)
         if speed > self.read.get(pages, (0.0,))[0]:
             self.read[pages] = speed, streams, prefetch
         return speed

@@ -18,8 +18,8 @@ from torch_int4.errors import Int4Error
 from torch_int4.evals import models, output
 from torch_int4.evals.accuracy.perplexity import perplexity
 from torch_int4.evals.speed import generation as speed
-from torch_int4.evals.speed.memory import weight_bytes
-from torch_int4.evals.text import builtin_text
+from torch_int4.support.text import builtin_text
+from torch_int4.tuning.footprint import weight_bytes
 
 
 @dataclass(frozen=True)

@@ -48,17 +48,18 @@ class Speed:
     repeats: int
 
 
-class _Clock(BaseStreamer):
+class Clock(BaseStreamer):
     """Notes when each token arrives; `generate` also puts the prompt, as the first item."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
+        """Called with the prompt, and with each step's tokens."""
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        pass
+        """Called when all is done."""
 
 
 @torch.inference_mode()
@@ -67,7 +68,7 @@ def time_generate(model: Any, input_ids: torch.Tensor, new_tokens: int) -> Timin
 
     The end-of-text token is ignored, so that every model does the same number of steps.
     """
-    clock = _Clock()
+    clock = Clock()
     start = time.perf_counter()
     output = model.generate(
         input_ids,

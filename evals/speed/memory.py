@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 import torch_int4
+from torch_int4.tuning.footprint import weight_bytes
 
 
 @dataclass(frozen=True)
@@ -32,24 +32,6 @@ class Memory:
     def bits_per_weight(self) -> float:
         """Bits per weight, scales and offsets included."""
         return 8 * self.int4_bytes / self.weights
-
-
-def weight_bytes(model: nn.Module) -> dict[str, int]:
-    """Bytes of parameters and buffers by module class, each piece of memory counted once, at its first owner.
-
-    Counting pieces keeps tied weights honest: what is shared is paid for once. Their storages would not do: weights of
-    several modules may lie in one.
-    """
-    seen: set[tuple[str, int]] = set()
-    totals: dict[str, int] = defaultdict(int)
-    for module in model.modules():
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            key = (str(tensor.device), tensor.data_ptr() if not tensor.is_meta else 0)
-            if tensor.is_meta or key in seen:
-                continue
-            seen.add(key)
-            totals[type(module).__name__] += tensor.nbytes
-    return dict(totals)
 
 
 def linear_bytes(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -84,7 +84,7 @@ def main(
     from torch_int4 import patch
     from torch_int4.errors import Int4Error
     from torch_int4.evals import models, output
-    from torch_int4.evals.text import builtin_text
+    from torch_int4.support.text import builtin_text
 
     try:
         loaded, tokenizer = models.load(model)

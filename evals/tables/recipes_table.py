@@ -133,7 +133,8 @@ def measure(
     """
     import torch_int4
     from torch_int4.evals.accuracy.perplexity import perplexity
-    from torch_int4.evals.speed.memory import linear_bytes, patched_memory, weight_bytes
+    from torch_int4.evals.speed.memory import linear_bytes, patched_memory
+    from torch_int4.tuning.footprint import weight_bytes
 
     for recipe, group, offset in options:
         model, seconds = load(), 0.0

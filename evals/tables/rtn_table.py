@@ -79,7 +79,8 @@ def table(
     """
     import torch_int4
     from torch_int4.evals.accuracy.perplexity import compare, perplexity
-    from torch_int4.evals.speed.memory import linear_bytes, patched_memory, weight_bytes
+    from torch_int4.evals.speed.memory import linear_bytes, patched_memory
+    from torch_int4.tuning.footprint import weight_bytes
 
     before = linear_bytes(model)
     bits = 8.0 * sum(weight_bytes(model).values()) / sum(p.numel() for p in model.parameters())
@@ -141,7 +142,7 @@ def main(
     """
     from torch_int4.errors import Int4Error
     from torch_int4.evals import models, output
-    from torch_int4.evals.text import builtin_text
+    from torch_int4.support.text import builtin_text
 
     try:
         float_model, tokenizer = models.load(model)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from torch_int4 import Int4Error, Int4Linear
 from torch_int4.cli import app
 from torch_int4.evals.bench import engines, generate, generate_report, random_model, shapes, token_profile, worker
-from torch_int4.evals.bench.engines import _transformers
+from torch_int4.tuning import footprint
 
 OPTIONS = {"group_size": 32, "dtype": "float32", "compute": "int8", "kv_cache": "auto", "head": "int4"}
 ENGINES = list(engines.available())
@@ -96,13 +96,13 @@ def test_read_bytes_count_what_a_token_reads() -> None:
     linear = sum(m.weight.nbytes for m in dense.modules() if isinstance(m, nn.Linear))
     norms = sum(p.nbytes for p in dense.parameters() if p.dim() == 1)
     buffers = sum(b.nbytes for b in dense.buffers())
-    assert _transformers.read_bytes(dense) <= linear + norms + 2 * buffers
-    assert _transformers.read_bytes(dense) >= linear + norms
+    assert footprint.read_bytes(dense) <= linear + norms + 2 * buffers
+    assert footprint.read_bytes(dense) >= linear + norms
     dense.lm_head.weight = dense.model.embed_tokens.weight  # tied: the table is read as the head
-    assert _transformers.read_bytes(dense) >= linear + norms
+    assert footprint.read_bytes(dense) >= linear + norms
     int4 = random_model.int4(shape, torch.float32, 0, group_size=32)
     packed = sum(m.nbytes for m in int4.modules() if isinstance(m, Int4Linear))
-    assert packed <= _transformers.read_bytes(int4) < 1.1 * packed
+    assert packed <= footprint.read_bytes(int4) < 1.1 * packed
 
 
 @pytest.mark.parametrize("name", ENGINES)

@@ -17,8 +17,8 @@ from torch_int4 import Int4Error
 from torch_int4.evals import output
 from torch_int4.evals.accuracy.perplexity import Perplexity, compare, perplexity
 from torch_int4.evals.speed import generation as speed
-from torch_int4.evals.speed import memory
-from torch_int4.evals.text import builtin_text
+from torch_int4.support.text import builtin_text
+from torch_int4.tuning.footprint import weight_bytes
 
 VOCABULARY = 97
 
@@ -227,15 +227,15 @@ def test_summary_is_best_and_median() -> None:
 
 def test_bytes_count_shared_storage_once() -> None:
     model = tiny_model()  # head and embedding are one tensor
-    assert sum(memory.weight_bytes(model).values()) == sum(p.nbytes for p in model.parameters()) + sum(
+    assert sum(weight_bytes(model).values()) == sum(p.nbytes for p in model.parameters()) + sum(
         buffer.nbytes for buffer in model.buffers()
     )
     whole = torch.zeros(10, 4)
     pair = nn.ModuleList([nn.Linear(4, 5, bias=False), nn.Linear(4, 5, bias=False), nn.LayerNorm(4)])
     pair[0].weight = nn.Parameter(whole[:5])
     pair[1].weight = nn.Parameter(whole[5:])
-    assert memory.weight_bytes(pair) == {"Linear": 160, "LayerNorm": 32}
-    assert memory.weight_bytes(nn.Linear(4, 4, device="meta")) == {}
+    assert weight_bytes(pair) == {"Linear": 160, "LayerNorm": 32}
+    assert weight_bytes(nn.Linear(4, 4, device="meta")) == {}
 
 
 def test_output_is_strict_json_and_aligned_markdown(tmp_path: object) -> None:

@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 import torch_int4
 from torch_int4 import Int4Config, Int4Error
 from torch_int4.cli import app
-from torch_int4.tuning.autotune import AutotuneResult, Tried, autotune, default_candidates, table, weight_bytes
+from torch_int4.tuning.autotune import AutotuneResult, Tried, autotune, default_candidates, table
+from torch_int4.tuning.bandwidth import ReadBuffer, read_bandwidth
+from torch_int4.tuning.footprint import read_bytes
 from torch_int4.tuning.paired import PairedLoss
 from torch_int4.tuning.pristine import Pristine
 from torch_int4.tuning.scoring import Scores, WindowTask, compare
@@ -267,10 +269,22 @@ def test_as_few_layers_as_it_takes():
 def test_bytes_of_all_weights_that_a_token_meets():
     model = decoder("llama")
     linears = sum(p.nbytes for n, p in model.named_parameters() if p.dim() > 1 and "embed" not in n)
-    assert weight_bytes(model) == linears
+    rest = sum(p.nbytes for p in model.parameters() if p.dim() == 1) + sum(b.nbytes for b in model.buffers())
+    assert read_bytes(model) == linears + rest
     torch_int4.patch(model, FINE)
     report = model.torch_int4_report
-    assert weight_bytes(model) == report.bytes_after() + model.lm_head.weight.nbytes
+    assert read_bytes(model) == report.bytes_after() + model.lm_head.weight.nbytes + rest
+    model.lm_head.weight = model.model.embed_tokens.weight
+    assert read_bytes(model) == report.bytes_after() + model.lm_head.weight.nbytes + rest
+
+
+@pytest.mark.parametrize("probe", [True, False])
+def test_read_bandwidth_is_that_of_memory(probe, monkeypatch):
+    if not probe:  # a processor without AVX2
+        monkeypatch.setattr(torch.ops.torch_int4, "probe_names", lambda: "", raising=False)
+    elif not torch.ops.torch_int4.probe_names():
+        pytest.skip("the probe needs AVX2")
+    assert 1e8 < read_bandwidth(ReadBuffer(16 << 20)) < 1e13
 
 
 def test_the_table_has_a_row_per_candidate():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torch_int4.errors import Int4Error
+from torch_int4.support.text import builtin_text
 
 PIECE = 1 << 15  # characters of a long text that are tokenized at a time
 TEXT_COLUMNS = ("text", "content", "sentence", "prompt")
@@ -74,7 +75,7 @@ class Calibration:
                 "language reference). Give texts like those the model will see: patch(model, calibration=texts)",
                 stacklevel=4,
             )
-            data = _builtin_text()
+            data = builtin_text(None)
         wanted = self.samples * length
         ids = _first_tokens(_sequences(data, self.tokenizer, order), 4 * wanted)
         if ids.numel() < 2:
@@ -186,16 +187,3 @@ def _ids(tensor: Tensor) -> Tensor:
             f"calibration: token ids must be whole numbers [T] or [n, T]; got {tensor.dtype} {list(tensor.shape)}"
         )
     return torch.atleast_2d(tensor.detach().cpu().long())
-
-
-def _builtin_text() -> str:
-    """Prose that every Python installation has: what `help("objects")` and the like print."""
-    try:
-        from pydoc_data.topics import topics
-    except ImportError as error:
-        raise Int4Error(
-            "calibration: no data was given, and this Python has no built-in text (pydoc_data); give some"
-        ) from error
-    blocks = (block.strip() for name in sorted(topics) for block in topics[name].split("\n\n"))
-    prose = (" ".join(block.split()) for block in blocks if block.endswith(".") and "::=" not in block)
-    return "\n".join(dict.fromkeys(line for line in prose if len(line) > 120))

@@ -71,7 +71,7 @@ def tell(text: str, show: bool | None = None) -> None:
 def _line(**arguments: Any) -> Any:
     from tqdm import tqdm
 
-    class Line(tqdm):  # type: ignore[type-arg]
+    class Line(tqdm):
         monitor_interval = 0  # no thread that looks for lines which have not moved
 
     return Line(bar_format=_LINE, file=sys.stderr, dynamic_ncols=True, mininterval=0.2, **arguments)

@@ -14,15 +14,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torch_int4 import recipes
 from torch_int4.calibration.data import Calibration
 from torch_int4.config import Int4Config
 from torch_int4.errors import Int4Error
-from torch_int4.nn.linear import Int4Linear
 from torch_int4.patching.patcher import patch
 from torch_int4.support.progress import tell
+from torch_int4.tuning.bandwidth import read_bandwidth
+from torch_int4.tuning.footprint import read_bytes
 from torch_int4.tuning.paired import PairedLoss, worst
 from torch_int4.tuning.pristine import Pristine
 from torch_int4.tuning.scoring import Scores, Task, WindowTask, compare
@@ -194,7 +195,7 @@ class _Tuner:
         losses = {t.name: compare(t, self.base[t.name], t.scores(model)) for t in self.tasks}
         seconds = (middle - start, time.monotonic() - middle)
         bits = model.torch_int4_report.bits_per_weight()
-        speed = self.bandwidth / max(weight_bytes(model), 1)
+        speed = self.bandwidth / max(read_bytes(model), 1)
         self.tried.append(Tried(config, losses, bits, seconds, speed, int8))
         last = self.tried[-1]
         tell(f"{last.name}: {last.worst(self.max_loss)}", self.show)
@@ -241,31 +242,6 @@ def table(tried: Sequence[Tried], max_loss: float) -> str:
         rows.append((entry.name, *cells, *times))
     widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows)
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all weights that a token is multiplied with: linears of any kind, each once."""
-    total, seen = 0, set()
-    for module in model.modules():
-        if isinstance(module, Int4Linear):
-            total += module.nbytes
-        elif not isinstance(module, nn.Embedding):
-            for parameter in module._parameters.values():
-                if parameter is not None and parameter.dim() > 1 and id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    total += parameter.nbytes
-    return total
-
-
-def read_bandwidth(size: int = 1 << 26) -> float:
-    """Bytes per second that the machine's threads read together: the best of some sums over 256 MiB."""
-    values = torch.ones(size)
-    best = float("inf")
-    for _ in range(4):
-        start = time.perf_counter()
-        values.sum()
-        best = min(best, time.perf_counter() - start)
-    return values.nbytes / best
 
 
 def _split(calibration: Any, evaluation: Any, tokenizer: Any, model: Any, count: int) -> tuple[Calibration, Tensor]:

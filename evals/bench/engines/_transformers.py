@@ -8,24 +8,10 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.generation.streamers import BaseStreamer
 
 from torch_int4.evals.bench.engines import Spec, rows
-
-
-class Clock(BaseStreamer):
-    """Notes when each token arrives; `generate` also puts the prompt, as the first item."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        """Called with the prompt, and with each step's tokens."""
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Called when all is done."""
+from torch_int4.evals.speed.generation import Clock
+from torch_int4.tuning.footprint import read_bytes
 
 
 class Generating:
@@ -74,27 +60,3 @@ class Generating:
         import transformers
 
         return f"transformers {transformers.__version__}"
-
-
-def read_bytes(model: nn.Module) -> int:
-    """Bytes of weights that a token reads: of all modules but embeddings that are looked up only, each once."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    found: dict[int, int] = {}
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            continue
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            found |= _pieces(tensor)
-    if isinstance(weight := getattr(head, "weight", None), Tensor):  # the embedding too, where it is the head
-        found |= _pieces(weight)
-    return sum(found.values())
-
-
-def _pieces(tensor: Tensor) -> dict[int, int]:
-    """Bytes by address; a quantized tensor of another library is made of several plain ones."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        parts: dict[int, int] = {}
-        for name in tensor.__tensor_flatten__()[0]:
-            parts |= _pieces(getattr(tensor, name))
-        return parts
-    return {tensor.data_ptr(): tensor.nbytes}

@@ -28,7 +28,7 @@ class LlamaCpp:
 
         self.api: Any = llama_cpp
         path = _path(spec)
-        self.weight_bytes = gguf_file.weight_bytes(path)
+        self.weight_bytes = gguf_file.read_bytes(path)
         self._quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
         llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()

@@ -22,7 +22,7 @@ class OnnxGenAI:
         self.api, self.spec = onnxruntime_genai, spec
         self.model = onnxruntime_genai.Model(str(folder))
         self.vocabulary = spec.model.config().vocab_size
-        self.weight_bytes = onnx_llama.weight_bytes(folder)
+        self.weight_bytes = onnx_llama.read_bytes(folder)
         self.clear(1)
 
     @staticmethod

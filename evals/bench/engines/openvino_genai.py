@@ -22,7 +22,7 @@ class OpenVino:
         path = spec.model.gguf()
         assert path is not None
         self.api: Any = openvino_genai
-        self.weight_bytes = gguf_file.weight_bytes(path)  # it may hold more: it converts what it does not support
+        self.weight_bytes = gguf_file.read_bytes(path)  # it may hold more: it converts what it does not support
         self.pipeline: Any = openvino_genai.LLMPipeline(str(path), "CPU", INFERENCE_NUM_THREADS=spec.threads)
         self.clear(1)
 
