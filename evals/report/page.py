@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import html
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from torch_int4.evals import output
 from torch_int4.evals.report.run import Report, Row
+from torch_int4.support.markdown import markdown_table
 
 HEADER = (
     "method",
@@ -29,10 +29,6 @@ CAPTIONS = {
     "speed-accuracy": "Decode speed against perplexity.",
     "error-per-layer": "How far the hidden states are from those of float32, layer by layer.",
 }
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}td,th{padding:.3rem .6rem;text-align:right;
-border-bottom:1px solid #ddd;white-space:nowrap}td:first-child,th:first-child{text-align:left}tr.int4{font-weight:600}
-tr.failed td{color:#a00}figure{margin:2rem 0}img{max-width:100%}figcaption,li{color:#555;font-size:13px}"""
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -82,7 +78,7 @@ def notes(report: Report) -> Iterator[str]:
 def markdown(report: Report) -> str:
     """The whole report as markdown."""
     lines = "\n".join(f"- {line}" for line in notes(report))
-    return f"{lines}\n\n{output.markdown_table(HEADER, [cells(row) for row in report.rows])}\n"
+    return f"{lines}\n\n{markdown_table(HEADER, [cells(row) for row in report.rows])}\n"
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -92,31 +88,23 @@ def as_json(report: Report) -> dict[str, Any]:
 
 def page(report: Report, plots: Mapping[str, bytes]) -> str:
     """One HTML document with the table and the plots inside, without scripts or links."""
-    title = html.escape(f"{report.model}: float, int4 and peers on this machine")
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in HEADER)
-    body = "".join(_html_row(row) for row in report.rows)
-    lines = "".join(f"<li>{html.escape(line)}</li>" for line in notes(report))
-    figures = "".join(_figure(name, png) for name, png in plots.items())
-    return (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>\n'
-        f"<h1>{title}</h1>\n<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>\n<ul>{lines}</ul>\n"
-        f"{figures}</html>\n"
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    pages = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-
-
-def _html_row(row: Row) -> str:
-    if row.error is not None:
-        reason = html.escape(row.error)
-        return f'<tr class="failed"><td>{html.escape(row.label)}</td><td colspan="{len(HEADER) - 1}">{reason}</td></tr>'
-    shown = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells(row))
-    return f'<tr class="{row.kind}">{shown}</tr>'
-
-
-def _figure(name: str, png: bytes) -> str:
-    caption = html.escape(CAPTIONS[name])
-    image = base64.b64encode(png).decode()
-    return (
-        f'<figure><img alt="{caption}" src="data:image/png;base64,{image}"><figcaption>{caption}</figcaption></figure>'
+    return pages.get_template("page.html.jinja").render(
+        title=f"{report.model}: float, int4 and peers on this machine",
+        header=HEADER,
+        rows=report.rows,
+        cells=cells,
+        notes=notes(report),
+        figures=[(CAPTIONS[name], base64.b64encode(png).decode()) for name, png in plots.items()],
     )
 
 
