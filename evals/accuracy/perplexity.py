@@ -6,17 +6,17 @@ the same tokens has a far smaller one, because most of the noise is the text's: 
 
 from __future__ import annotations
 
-import math
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from torch_int4.calibration.capture import call_model, evaluating
 from torch_int4.errors import Int4Error
-
-_ROWS = 128  # positions whose full-vocabulary log-probabilities are held at a time
+from torch_int4.tuning.paired import perplexity_loss
+from torch_int4.tuning.scoring import kl_sum, nll_sum
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ class _Sums:
     count: list[int] = field(default_factory=list)
     top1: list[torch.Tensor] = field(default_factory=list)
 
-    def add(self, nll: float, top1: torch.Tensor) -> None:
-        self.nll.append(nll)
-        self.count.append(top1.numel())
-        self.top1.append(top1)
+    def add(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
+        self.nll.append(nll_sum(logits, targets))
+        self.count.append(targets.numel())
+        self.top1.append(logits.argmax(-1))
 
     def score(self, **extra: Any) -> Perplexity:
         mean = sum(self.nll) / sum(self.count)
@@ -105,8 +105,7 @@ def perplexity(
     the first token of each is context only. A shorter last window counts too.
 
     Args:
-        model: a causal language model; it is called as ``model(input_ids, use_cache=False).logits``, unless there
-            is a `cache`.
+        model: a causal language model, which runs without a cache unless there is a `cache`.
         tokenizer_or_tokens: a tokenizer for `text`, or the token ids themselves, int64 [T], without `text`.
         window: tokens per window, at least 2.
         stride: 1 to `window`; None for `window`.
@@ -124,45 +123,33 @@ def perplexity(
         raise Int4Error(f"perplexity: window={window}, stride={stride}; need 1 <= stride <= window, window >= 2")
     if tokens.numel() < 2:
         raise Int4Error(f"perplexity: {tokens.numel()} tokens; at least 2 are needed, give a longer text")
-    ours, theirs, kl_sum = _Sums(), _Sums(), 0.0
-    for ids, first in _windows(tokens, window, stride):
-        targets = ids[first:]
-        logits = _logits(model, ids, cache and cache())[first - 1 : -1]
-        if reference is None:
-            ours.add(*_score(logits, targets))
-            continue
-        expected = _logits(reference, ids)[first - 1 : -1]
-        ours.add(*_score(logits, targets))
-        theirs.add(*_score(expected, targets))
-        kl_sum += _kl(logits, expected)
+    ours, theirs, divergence = _Sums(), _Sums(), 0.0
+    with evaluating(model), contextlib.nullcontext() if reference is None else evaluating(reference):
+        for ids, first in _windows(tokens, window, stride):
+            logits = _logits(model, ids, cache and cache())[first - 1 : -1]
+            ours.add(logits, ids[first:])
+            if reference is not None:
+                expected = _logits(reference, ids)[first - 1 : -1]
+                theirs.add(expected, ids[first:])
+                divergence += kl_sum(logits, expected)
     if reference is None:
         return ours.score()
     base = theirs.score()
     same = (torch.cat(ours.top1) == base.top1).double().mean().item()
-    return ours.score(kl=kl_sum / base.tokens, agreement=same, reference=base)
+    return ours.score(kl=divergence / base.tokens, agreement=same, reference=base)
 
 
 def compare(a: Perplexity, b: Perplexity) -> Comparison:
     """Relative change of perplexity from `a` to `b`, both measured on the same windows.
-
-    The error is that of a weighted mean of per-window differences d_i with weights w_i (scored tokens):
-    SE^2 = n/(n-1) * sum(w_i^2 (d_i - d)^2) / sum(w_i)^2 (the ratio estimator of Cochran, Sampling Techniques,
-    chapter 6), carried to the relative difference exp(d) - 1 by its derivative.
 
     Raises:
         Int4Error: if the two were not measured on the same windows.
     """
     if a.window_tokens != b.window_tokens:
         raise Int4Error("compare: the two were measured on different windows; use one text and one window size")
-    weights = a.window_tokens
-    total, n = sum(weights), len(weights)
-    differences = [after - before for before, after in zip(a.window_nll, b.window_nll, strict=True)]
-    mean = sum(w * d for w, d in zip(weights, differences, strict=True)) / total
-    spread = sum((w * (d - mean)) ** 2 for w, d in zip(weights, differences, strict=True))
-    error = math.sqrt(n / (n - 1) * spread) / total if n > 1 else math.nan
-    ratio = torch.tensor(mean, dtype=torch.float64).exp().item()
+    loss = perplexity_loss(a.window_nll, b.window_nll, a.window_tokens)
     agreement = (a.top1 == b.top1).double().mean().item()
-    return Comparison(relative=ratio - 1, stderr=error * ratio, agreement=agreement)
+    return Comparison(relative=loss.loss, stderr=loss.stderr, agreement=agreement)
 
 
 def _tokens(tokenizer_or_tokens: Any, text: str | None) -> torch.Tensor:
@@ -188,27 +175,7 @@ def _windows(tokens: torch.Tensor, window: int, stride: int) -> Iterator[tuple[t
 
 
 def _logits(model: Any, ids: torch.Tensor, cache: Any = None) -> torch.Tensor:
-    """Logits [T, V] in eval mode, whatever mode the caller left the model in."""
-    was_training = model.training
-    model.eval()
-    try:
-        return model(ids[None], past_key_values=cache, use_cache=cache is not None).logits[0]
-    finally:
-        model.train(was_training)
-
-
-def _score(logits: torch.Tensor, targets: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """Sum of nll over positions, and the most likely tokens [T]."""
-    nll = 0.0
-    for rows, wanted in zip(logits.split(_ROWS), targets.split(_ROWS), strict=True):
-        nll += F.cross_entropy(rows.float(), wanted, reduction="none").double().sum().item()
-    return nll, logits.argmax(-1)
-
-
-def _kl(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """Sum over positions of KL(expected || logits)."""
-    total = 0.0
-    for rows, base in zip(logits.split(_ROWS), expected.split(_ROWS), strict=True):
-        ours, theirs = rows.float().log_softmax(-1), base.float().log_softmax(-1)
-        total += F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1).double().sum().item()
-    return total
+    """Logits [T, V]."""
+    if cache is None:
+        return call_model(model, ids[None]).logits[0]
+    return model(ids[None], past_key_values=cache, use_cache=True).logits[0]

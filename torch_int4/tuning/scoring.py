@@ -18,6 +18,7 @@ from torch_int4.errors import Int4Error
 from torch_int4.tuning.paired import PairedLoss, accuracy_loss, kl_loss, perplexity_loss
 
 KL_POSITIONS = 32  # per window, whose whole distribution of the float model is kept
+_ROWS = 128  # positions whose log-probabilities of the whole vocabulary are held at a time
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class WindowTask:
             for index, ids in enumerate(self.windows):
                 logits = call_model(model, ids[None]).logits[0, :-1]
                 if self.kind == "perplexity":
-                    values.append(F.cross_entropy(logits.float(), ids[1:]).item())
+                    values.append(nll_sum(logits, ids[1:]) / len(logits))
                     continue
                 log_p = logits[self._positions(len(logits))].float().log_softmax(-1)
                 if not known:
@@ -85,8 +86,28 @@ class WindowTask:
         return torch.linspace(0, count - 1, min(count, KL_POSITIONS)).long().unique()
 
     def _kl(self, index: int, log_p: Tensor) -> float:
-        reference = self._reference[index].float()
-        return F.kl_div(log_p, reference, reduction="none", log_target=True).sum(-1).mean().item()
+        return kl(log_p, self._reference[index].float()).mean().item()
+
+
+def nll_sum(logits: Tensor, targets: Tensor) -> float:
+    """Sum over positions of the negative log-likelihood, nats, of `targets` int64 `[T]` under `logits` `[T, V]`."""
+    total = 0.0
+    for rows, wanted in zip(logits.split(_ROWS), targets.split(_ROWS), strict=True):
+        total += F.cross_entropy(rows.float(), wanted, reduction="none").double().sum().item()
+    return total
+
+
+def kl_sum(logits: Tensor, expected: Tensor) -> float:
+    """Sum over positions of KL(expected || logits), nats, both `[T, V]`."""
+    total = 0.0
+    for rows, base in zip(logits.split(_ROWS), expected.split(_ROWS), strict=True):
+        total += kl(rows.float().log_softmax(-1), base.float().log_softmax(-1)).double().sum().item()
+    return total
+
+
+def kl(log_p: Tensor, reference: Tensor) -> Tensor:
+    """KL(reference || p) of each position `[T]`, from log-probabilities `[T, V]`."""
+    return F.kl_div(log_p, reference, reduction="none", log_target=True).sum(-1)
 
 
 def compare(task: Task, base: Scores, candidate: Scores) -> PairedLoss:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 
 import torch_int4
 from torch_int4.config import Int4Config
@@ -120,17 +121,17 @@ class Gate:
         )
 
 
-class _Recorded:
+class _Recorded(nn.Module):
     """A model that runs once: later passes over the same windows repeat its logits."""
 
-    training = False
-
     def __init__(self, model: Any) -> None:
+        super().__init__()
         self._model: Any = model
         self._logits: list[torch.Tensor] = []
         self._next = 0
 
-    def __call__(self, ids: torch.Tensor, **options: Any) -> Any:
+    def forward(self, ids: torch.Tensor, **options: Any) -> Any:
+        """Logits of the next window."""
         if self._model is not None:
             self._logits.append(self._model(ids, **options).logits)
             return SimpleNamespace(logits=self._logits[-1])
@@ -140,12 +141,6 @@ class _Recorded:
     def rewind(self) -> None:
         """Starts over; the model itself is let go."""
         self._model, self._next = None, 0
-
-    def eval(self) -> None:
-        """For the caller, which cannot know that nothing runs here."""
-
-    def train(self, mode: bool) -> None:
-        """As `eval`."""
 
 
 def run(
