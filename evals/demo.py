@@ -21,7 +21,6 @@ from torch_int4.evals import models
 from torch_int4.evals.accuracy.perplexity import Comparison, Perplexity, compare, perplexity
 from torch_int4.evals.speed import generation as speed
 from torch_int4.evals.speed.memory import Memory, linear_bytes, patched_memory
-from torch_int4.support.text import builtin_text
 from torch_int4.tuning.footprint import weight_bytes
 
 PROMPT = "Write a two-sentence story about a small robot."
@@ -161,8 +160,7 @@ def run(
 
 
 def _perplexity(model: Any, tokenizer: Any, tokens: int) -> Perplexity:
-    # Eight characters a token is more than any English tokenizer needs; the cut to `tokens` is exact.
-    return perplexity(model, tokenizer, builtin_text(min(8 * tokens, 100_000)), window=512, max_tokens=tokens)
+    return perplexity(model, models.encode_text(tokenizer, None, tokens), window=512)
 
 
 def _side(

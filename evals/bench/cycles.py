@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from torch_int4.errors import Int4Error
-from torch_int4.evals import output
+from torch_int4.support.markdown import markdown_table
 
 _AVX2 = frozenset({"avx2", "fma", "f16c"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
@@ -234,7 +234,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def markdown(rows: Sequence[Row]) -> str:
     """All rows as a table."""
-    return output.markdown_table(HEADER, [cells(row) for row in rows])
+    return markdown_table(HEADER, [cells(row) for row in rows])
 
 
 def as_json(rows: Sequence[Row], notes: Sequence[str]) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch_int4.evals import output
 from torch_int4.evals.bench.generate import Result, Row
+from torch_int4.evals.figures import new_figure, require_matplotlib
+from torch_int4.support.markdown import markdown_table
 
 HEADER = ("engine", "decode tok/s", "median", "x", "of read", "prefill tok/s", "weights MB", "loaded", "peak", "what")
 OURS = "torch_int4"
@@ -137,7 +138,7 @@ def _is_noisy(row: Row) -> bool:
 def markdown(result: Result) -> str:
     """The whole report."""
     parts = ["\n".join(f"- {line}" for line in lines(result))]
-    parts += [output.markdown_table(header, rows) for header, rows in tables(result)]
+    parts += [markdown_table(header, rows) for header, rows in tables(result)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -162,12 +163,7 @@ def plot(results: Sequence[Result], path: str | Path) -> None:
     Raises:
         Int4Error: if matplotlib is not installed.
     """
-    from torch_int4.evals.bench.report import require_matplotlib
-
-    require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    require_matplotlib("--plot")
     rows = [row for result in results for row in result.rows]
     colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row.engine for row in rows))}
     panels: list[Callable[[Any], None]] = []
@@ -181,8 +177,7 @@ def plot(results: Sequence[Result], path: str | Path) -> None:
         panels.append(lambda axes: _sizes(axes, results, colors))
     columns = min(2, len(panels)) or 1
     lines_of_panels = -(-len(panels) // columns) or 1
-    figure = Figure(figsize=(6.5 * columns, 4.5 * lines_of_panels), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6.5 * columns, 4.5 * lines_of_panels)
     places = list(figure.subplots(lines_of_panels, columns, squeeze=False).flat)
     for draw, axes in zip(panels, places, strict=False):
         draw(axes)

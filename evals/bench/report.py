@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from torch_int4.errors import Int4Error
-from torch_int4.evals import output
 from torch_int4.evals.bench.roofline import ISSUE, Roofline
 from torch_int4.evals.bench.run import Result, Row
+from torch_int4.evals.figures import new_figure, require_matplotlib
+from torch_int4.support.markdown import markdown_table
 
 if TYPE_CHECKING:
     from torch_int4.evals.bench import attention
@@ -114,7 +113,7 @@ def markdown(result: Result) -> str:
     """The whole report as markdown."""
     lines = [*machine_lines(result), *roof_lines(result.roofline)]
     rows = [cells(row) for row in result.rows]
-    return "\n".join(f"- {line}" for line in lines) + "\n\n" + output.markdown_table(HEADER, rows) + "\n"
+    return "\n".join(f"- {line}" for line in lines) + "\n\n" + markdown_table(HEADER, rows) + "\n"
 
 
 def roofs(roofline: Roofline) -> dict[str, Any]:
@@ -136,24 +135,14 @@ def as_json(result: Result) -> dict[str, Any]:
     return {"machine": result.machine, "roofs": roofs(result.roofline), "rows": rows}
 
 
-def require_matplotlib() -> None:
-    """Raises Int4Error if a plot cannot be drawn here."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise Int4Error("the plot needs matplotlib: pip install matplotlib, or leave out --plot")
-
-
 def plot(result: Result, path: str | Path) -> None:
     """Writes the roofline plot: operations per byte of weight against GOP/s, both logarithmic.
 
     Raises:
         Int4Error: if matplotlib is not installed.
     """
-    require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    FigureCanvasAgg(figure)
+    require_matplotlib("--plot")
+    figure = new_figure(11, 7)
     axes = figure.add_subplot(xscale="log", yscale="log")
     xs = [row.point.operations / row.nbytes for row in result.rows]
     left, right = min(xs) / 1.6, max(xs) * 1.6

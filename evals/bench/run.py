@@ -23,7 +23,7 @@ from torch_int4.evals.bench.roofline import ISSUE, Limit, Roofline
 
 ROTATE = 256 << 20  # bytes that the copies of a weight take at least
 MIN_ROUNDS = 3
-_PAUSE = 0.003  # seconds in which the waiting threads of the previous contestant's pool go to sleep
+PAUSE = 0.003  # seconds in which the waiting threads of the previous contestant's pool go to sleep
 _CHECKED_ROWS = 4
 
 Note = Callable[[str], None]
@@ -196,7 +196,7 @@ def _measure(
             contestants[i].bind(x)
             times[i].append(_pass(contestants[i]))
             kernels[i] = contestants[i].kernels()
-        time.sleep(_PAUSE)
+        time.sleep(PAUSE)
         reads.append(roofline.read_now())
         issued.append(roofline.issue_now())
         for isa in {contestant.isa for contestant in contestants if isinstance(contestant, Ours)}:
@@ -222,7 +222,7 @@ def _measure(
 
 def _pass(contestant: Contestant) -> float:
     """Seconds of one product, the mean over all copies."""
-    time.sleep(_PAUSE)
+    time.sleep(PAUSE)
     start = time.perf_counter()
     contestant.run()
     return (time.perf_counter() - start) / contestant.copies

@@ -14,6 +14,7 @@ from typing import Any
 from torch_int4 import Int4Error
 from torch_int4.evals.bench import engines
 from torch_int4.evals.bench.engines import Spec
+from torch_int4.evals.speed.process import peak_bytes, reset_peak, resident_bytes
 
 
 @dataclass(frozen=True)
@@ -114,16 +115,9 @@ def _serve(pipe: Any, name: str, spec: Spec) -> None:
 
 
 def _loaded(engine: Any) -> Loaded:
-    found = Loaded(engine.version(), engine.weight_bytes, engine.batches, _status("VmRSS"), _status("VmHWM"))
-    with contextlib.suppress(OSError):  # the peak from here on is that of running
-        Path("/proc/self/clear_refs").write_text("5")
+    found = Loaded(engine.version(), engine.weight_bytes, engine.batches, resident_bytes(), peak_bytes())
+    reset_peak()  # from here on it is the peak of running
     return found
-
-
-def _status(field: str) -> int:
-    """Bytes of a line of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def _profile(engine: Any, tokens: int) -> Any:
@@ -141,7 +135,7 @@ def _speculate(engine: Any, new: int) -> Any:
 _ANSWERS: dict[str, Any] = {
     "clear": lambda engine, batch: engine.clear(batch),
     "extend": lambda engine, tokens, new: engine.extend(tokens, new),
-    "peak": lambda engine: _status("VmHWM"),
+    "peak": lambda engine: peak_bytes(),
     "profile": _profile,
     "speculate": _speculate,
 }

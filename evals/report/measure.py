@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import resource
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ from torch_int4.errors import Int4Error
 from torch_int4.evals import models, output
 from torch_int4.evals.accuracy.perplexity import perplexity
 from torch_int4.evals.speed import generation as speed
-from torch_int4.support.text import builtin_text
+from torch_int4.evals.speed import process
 from torch_int4.tuning.footprint import weight_bytes
 
 
@@ -64,13 +62,12 @@ def measure(spec: Spec) -> dict[str, Any]:
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     model, tokenizer = build(spec)
-    text = Path(spec.text).read_text(encoding="utf-8") if spec.text else builtin_text(min(8 * spec.tokens, 100_000))
-    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0, : spec.tokens]
-    clean = reset_peak()
+    ids = models.encode_text(tokenizer, spec.text, spec.tokens)
+    clean = process.reset_peak()
     prompt = ids[None, : spec.prompt_tokens]
     speed.time_generate(model, prompt, 4)  # first calls allocate and start threads
     timings = [speed.time_generate(model, prompt, spec.new_tokens) for _ in range(spec.repeats)]
-    peak = peak_bytes()  # of generating; evaluation below holds the logits of a whole window
+    peak = process.peak_bytes()  # of generating; evaluation below holds the logits of a whole window
     score = perplexity(model, ids, window=spec.window)
     return {
         "weight_bytes": sum(weight_bytes(model).values()) + packed_bytes(model),
@@ -114,23 +111,6 @@ def packed_bytes(model: Any) -> int:
             weight = module.weight()
             total += weight.int_repr().nbytes + 12 * weight.shape[0]  # a double and an int32 a row, at most
     return total
-
-
-def reset_peak() -> bool:
-    """Starts the count of peak memory over; False where the system cannot (then loading is counted too)."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-        return True
-    return False
-
-
-def peak_bytes() -> int:
-    """Largest resident memory of this process since `reset_peak`, or since its start."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @torch.inference_mode()

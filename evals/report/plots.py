@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import math
 from typing import Any
 
-from torch_int4.errors import Int4Error
+from torch_int4.evals.figures import new_figure, require_matplotlib
 from torch_int4.evals.report.run import Report, Row
 
+OPTIONS = "--png and --html"
 _MARKERS = {"float": "s", "int4": "o", "peer": "^"}
-
-
-def require_matplotlib() -> None:
-    """Raises Int4Error if a plot cannot be drawn here."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise Int4Error("plots need matplotlib: pip install matplotlib, or leave out --png and --html")
 
 
 def draw(report: Report) -> dict[str, bytes]:
@@ -25,8 +19,8 @@ def draw(report: Report) -> dict[str, bytes]:
     Raises:
         Int4Error: matplotlib is not installed.
     """
-    require_matplotlib()
-    size, speed, layers = _figure(), _figure(), _figure()
+    require_matplotlib(OPTIONS)
+    size, speed, layers = ((figure, figure.add_subplot()) for figure in (new_figure(8, 5) for _ in range(3)))
     for index, row in enumerate(row for row in report.rows if row.error is None):
         color = f"C{index % 10}"
         if row.weight_bytes is not None:
@@ -43,15 +37,6 @@ def draw(report: Report) -> dict[str, bytes]:
     _finish(layers, "layers passed (0: embeddings)", "||h - h float32|| / ||h float32||", title)
     found = {"size-accuracy": size, "speed-accuracy": speed, "error-per-layer": layers}
     return {name: _png(figure) for name, (figure, _) in found.items()}
-
-
-def _figure() -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
 
 
 def _point(axes: Any, row: Row, x: float, color: str) -> None:

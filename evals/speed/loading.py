@@ -1,6 +1,6 @@
 """How much memory and time loading takes: a random checkpoint of a given shape, and a measured load of it.
 
-Peak memory is that of a process of its own (`ru_maxrss`: code, libraries and mapped pages included).
+Peak memory is that of a process of its own (code, libraries and mapped pages included).
 """
 
 from __future__ import annotations
@@ -102,24 +102,21 @@ def _random(shape: tuple[int, ...], values: torch.Tensor, generator: torch.Gener
 
 
 MEASURE = """
-import json, resource, sys, time
+import json, sys, time
 import torch, transformers.models.llama.modeling_llama
 import torch_int4
 from torch_int4 import Int4Config, Int4Linear
+from torch_int4.evals.speed.process import peak_bytes, resident_bytes
 transformers.utils.logging.disable_progress_bar()
 
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-
 fields, dtype = json.loads(sys.argv[2]), sys.argv[3]
-base, start = resident(), time.perf_counter()
+base, start = resident_bytes(), time.perf_counter()
 model = torch_int4.from_pretrained(sys.argv[1], dtype=dtype, **fields)
 seconds = time.perf_counter() - start
 packed = sum(m.nbytes for m in model.modules() if isinstance(m, Int4Linear))
 with torch.no_grad():
     model(input_ids=torch.tensor([[1, 2, 3]]))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-print(json.dumps([seconds, peak, resident(), base, packed]))
+print(json.dumps([seconds, peak_bytes(), resident_bytes(), base, packed]))
 """
 
 

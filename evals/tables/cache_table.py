@@ -84,19 +84,18 @@ def main(
     from torch_int4 import patch
     from torch_int4.errors import Int4Error
     from torch_int4.evals import models, output
-    from torch_int4.support.text import builtin_text
+    from torch_int4.support.markdown import markdown_table
 
     try:
         loaded, tokenizer = models.load(model)
-        content = text.read_text(encoding="utf-8") if text else builtin_text(min(8 * tokens, 100_000))
-        ids = tokenizer(content, return_tensors="pt", verbose=False)["input_ids"][0, :tokens]
+        ids = models.encode_text(tokenizer, text, tokens)
         patch(loaded, group_size=32, symmetric=False, zeros="float", compute=compute)
         rows = list(table(loaded, ids, window=window))
     except (Int4Error, OSError) as error:
         typer.secho(f"cache_table: {error}", fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from error
     typer.echo(f"{ids.numel()} tokens of {text or 'built-in English'}, window {window}, compute={compute}\n")
-    typer.echo(output.markdown_table(HEADER, [row.cells() for row in rows]))
+    typer.echo(markdown_table(HEADER, [row.cells() for row in rows]))
     if json is not None:
         output.write_json(json, [asdict(row) for row in rows])
 

@@ -19,6 +19,7 @@ from torch_int4 import Int4Linear, formats
 from torch_int4.errors import Int4Error
 from torch_int4.formats import Settings
 from torch_int4.recipes import rtn
+from torch_int4.support.markdown import markdown_table
 from torch_int4.weights.canonical import Int4Weight
 
 ROWS, INPUTS, GROUP = 96, 512, 64
@@ -41,9 +42,7 @@ def run() -> list[tuple[str, str, str, str]]:
 
 def main() -> None:
     """Prints the table in Markdown."""
-    print("| format | made by | what | error of the logits |\n|---|---|---|---|")
-    for row in run():
-        print("| " + " | ".join(row) + " |")
+    print(markdown_table(("format", "made by", "what", "error of the logits"), run()))
 
 
 def _error(weight: Int4Weight, theirs: Tensor) -> float:

@@ -17,12 +17,8 @@ from typing import Annotated, Any
 import typer
 
 import recipe_peers
+from rtn_table import OFFSETS
 
-OFFSETS: dict[str, dict[str, Any]] = {
-    "symmetric": {"symmetric": True},
-    "integer": {"symmetric": False, "zeros": "integer"},
-    "float": {"symmetric": False, "zeros": "float"},
-}
 HEADER = ("recipe", "group", "offset", "bits", "perplexity", "vs float", "±", "vs rtn", "±", "recovers", "seconds")
 ACCURACY = ("LAMBADA", "lost", "±")
 TASK = "lambada_openai"
@@ -232,7 +228,8 @@ def main(
     """
     from torch_int4.calibration.data import Calibration
     from torch_int4.errors import Int4Error
-    from torch_int4.evals import models, output
+    from torch_int4.evals import models
+    from torch_int4.support.markdown import markdown_table
 
     settings = {
         "tokens": tokens,
@@ -270,7 +267,7 @@ def main(
         raise typer.Exit(2) from error
     mine = [row for row in rows if row.settings == settings]
     header = (*HEADER, *(ACCURACY if data else ()))
-    typer.echo(output.markdown_table(header, [cells(row, mine) + accuracy_cells(row, mine) for row in mine]))
+    typer.echo(markdown_table(header, [cells(row, mine) + accuracy_cells(row, mine) for row in mine]))
     typer.echo("\n".join(against_peers(mine)))
 
 

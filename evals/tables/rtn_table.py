@@ -142,12 +142,11 @@ def main(
     """
     from torch_int4.errors import Int4Error
     from torch_int4.evals import models, output
-    from torch_int4.support.text import builtin_text
+    from torch_int4.support.markdown import markdown_table
 
     try:
         float_model, tokenizer = models.load(model)
-        content = text.read_text(encoding="utf-8") if text else builtin_text(min(8 * tokens, 100_000))
-        ids = tokenizer(content, return_tensors="pt", verbose=False)["input_ids"][0, :tokens]
+        ids = models.encode_text(tokenizer, text, tokens)
         heads = ["int8"] if head is None else head
         options = configurations(group or (32, 64, 128, -1), clip=clip, heads=heads)
         rows = []
@@ -158,7 +157,7 @@ def main(
         typer.secho(f"rtn_table: {error}", fg=typer.colors.RED, err=True)
         raise typer.Exit(2) from error
     typer.echo(f"{ids.numel()} tokens of {text or 'built-in English'}, window {window}, compute={compute}\n")
-    typer.echo(output.markdown_table(HEADER, [row.cells() for row in rows]))
+    typer.echo(markdown_table(HEADER, [row.cells() for row in rows]))
     if json is not None:
         output.write_json(json, [asdict(row) for row in rows])
 

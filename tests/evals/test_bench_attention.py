@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from torch_int4 import Int4Error, ops
 from torch_int4.cli import app
 from torch_int4.evals.bench import attention as bench
-from torch_int4.evals.bench import attention_report, roofline
+from torch_int4.evals.bench import attention_points, attention_report, roofline
 
 ROTATE = 1 << 14
 needs_avx2 = pytest.mark.skipif(not roofline.probe_names(), reason="the probes need AVX2")
@@ -25,39 +25,39 @@ def some_roofline() -> roofline.Roofline:
 
 
 def row(kind: str, name: str, cache: str, min_s: float) -> bench.Row:
-    point = bench.Point(kind, 4, 2, 16, 100, 100 if kind == "prefill" else 1)
+    point = attention_points.Point(kind, 4, 2, 16, 100, 100 if kind == "prefill" else 1)
     return bench.Row(point, name, name == "ours", cache, 1_000_000, 2, 3, min_s, 2 * min_s, 0.0, 1e10)
 
 
 def test_standard_points() -> None:
-    points = bench.select()
+    points = attention_points.select()
     assert len(points) == len(set(points)) == 2 * (3 + 2 + 4)
     assert {p.context for p in points if p.kind == "decode"} == {512, 4096, 16384}
     assert all(p.tokens == (p.context if p.kind == "prefill" else 1) for p in points)
 
 
 def test_filters() -> None:
-    points = bench.select(kinds=["decode"], contexts=[7], geometries=[(4, 2, 16)])
-    assert points == [bench.Point("decode", 4, 2, 16, 7, 1)]
+    points = attention_points.select(kinds=["decode"], contexts=[7], geometries=[(4, 2, 16)])
+    assert points == [attention_points.Point("decode", 4, 2, 16, 7, 1)]
     assert points[0].label == "decode 7, 4/2x16"
-    assert bench.parse_geometry("32/8X128") == (32, 8, 128)
-    assert bench.parse_geometry("32x64") == (32, 32, 64)
+    assert attention_points.parse_geometry("32/8X128") == (32, 8, 128)
+    assert attention_points.parse_geometry("32x64") == (32, 32, 64)
     for text in ("32", "a/bxc", "4/0x16", "x"):
         with pytest.raises(Int4Error, match="geometry"):
-            bench.parse_geometry(text)
+            attention_points.parse_geometry(text)
     with pytest.raises(Int4Error, match="decode, prefill, append"):
-        bench.select(kinds=["train"])
+        attention_points.select(kinds=["train"])
     with pytest.raises(Int4Error, match="multiple of kv heads"):
-        bench.select(geometries=[(4, 3, 16)])
+        attention_points.select(geometries=[(4, 3, 16)])
     with pytest.raises(Int4Error, match="context"):
-        bench.select(kinds=["decode"], contexts=[0])
+        attention_points.select(kinds=["decode"], contexts=[0])
 
 
 def test_a_step_stands_against_the_faster_torch_and_a_prompt_against_its_own_type() -> None:
     def speedups(kind: str) -> list[float | None]:
         rows = [row(kind, "ours", name, 1e-3) for name in ("fp32", "bf16", "int8")]
         peers = [row(kind, "torch", "fp32", 2e-3), row(kind, "torch", "bf16", 3e-3)]
-        compared = bench.compare([*rows, *peers, replace(peers[0], point=bench.Point(kind, 1, 1, 2, 1, 1))])
+        compared = bench.compare([*rows, *peers, replace(peers[0], point=attention_points.Point(kind, 1, 1, 2, 1, 1))])
         assert all(r.speedup is None for r in compared[3:])
         assert all((r.of_read is None) == (kind != "decode") for r in compared)
         return [r.speedup for r in compared[:3]]
@@ -76,7 +76,7 @@ def test_operations_of_a_prompt_are_those_of_a_triangle() -> None:
 
 
 def test_every_contestant_is_measured_and_checked(isa: str) -> None:
-    points = bench.select(contexts=[5, 33], geometries=[(4, 2, 16), (2, 2, 32)])
+    points = attention_points.select(contexts=[5, 33], geometries=[(4, 2, 16), (2, 2, 32)])
     result = bench.run(points, isa=isa, seconds=0, rotate=ROTATE, roofline=some_roofline())
     assert result.machine["isa"] == isa
     assert ops.isa() == isa
@@ -94,7 +94,9 @@ def test_every_contestant_is_measured_and_checked(isa: str) -> None:
 def test_a_wrong_result_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "_torch_attention", lambda point: lambda q, k, v: q + 1)
     with pytest.raises(Int4Error, match="is off by"):
-        bench.run(bench.select(kinds=["decode"], contexts=[5]), seconds=0, rotate=1, roofline=some_roofline())
+        bench.run(
+            attention_points.select(kinds=["decode"], contexts=[5]), seconds=0, rotate=1, roofline=some_roofline()
+        )
 
 
 def test_reports() -> None:

@@ -17,6 +17,7 @@ from torch_int4 import Int4Error
 from torch_int4.evals import output
 from torch_int4.evals.accuracy.perplexity import Perplexity, compare, perplexity
 from torch_int4.evals.speed import generation as speed
+from torch_int4.support.markdown import markdown_table
 from torch_int4.support.text import builtin_text
 from torch_int4.tuning.footprint import weight_bytes
 
@@ -242,7 +243,7 @@ def test_output_is_strict_json_and_aligned_markdown(tmp_path: object) -> None:
     file = tmp_path / "out.json"  # type: ignore[operator]
     output.write_json(file, {"a": [1.5, math.nan], "b": (math.inf, "x")})
     assert json.loads(file.read_text()) == {"a": [1.5, None], "b": [None, "x"]}
-    table = output.markdown_table(("name", "n"), [("x", "100"), ("longer", "2")])
+    table = markdown_table(("name", "n"), [("x", "100"), ("longer", "2")])
     assert table.split("\n") == [
         "| name   | n   |",
         "|--------|-----|",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html.parser
 import json
 import math
 import re
@@ -16,9 +17,10 @@ from typer.testing import CliRunner
 
 from torch_int4 import Int4Config, Int4Error
 from torch_int4.cli import app
-from torch_int4.evals import models
+from torch_int4.evals import figures, models
 from torch_int4.evals.report import measure, methods, page, peers, plots
 from torch_int4.evals.report import run as report
+from torch_int4.evals.speed import process
 from torch_int4.tuning.paired import PairedLoss
 
 SETTINGS: dict[str, Any] = {"tokens": 96, "window": 32, "prompt_tokens": 16, "new_tokens": 3, "repeats": 1}
@@ -79,14 +81,14 @@ def test_measures_of_one_process_each(model_dir: Path, tmp_path: Path) -> None:
 
 
 def test_peak_starts_over() -> None:
-    if not measure.reset_peak():
+    if not process.reset_peak():
         pytest.skip("this system cannot start the peak over")
-    before = measure.peak_bytes()
+    before = process.peak_bytes()
     block = torch.ones(40_000_000)
-    assert measure.peak_bytes() - before > 100e6
+    assert process.peak_bytes() - before > 100e6
     del block
-    measure.reset_peak()
-    assert measure.peak_bytes() - before < 60e6
+    process.reset_peak()
+    assert process.peak_bytes() - before < 60e6
 
 
 def test_report_of_a_tiny_model(model_dir: Path, tmp_path: Path) -> None:
@@ -141,23 +143,61 @@ def example() -> report.Report:
     return report.Report("tiny", info, {}, rows)
 
 
+class Reader(html.parser.HTMLParser):
+    """Texts of table rows, list items and captions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.items: list[str] = []
+        self.figures: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.text = ""
+        if tag == "tr":
+            self.rows.append([])
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self.rows[-1].append(self.text)
+        elif tag == "li":
+            self.items.append(self.text)
+        elif tag == "figcaption":
+            self.figures.append(self.text)
+
+
 def test_page_needs_no_other_file() -> None:
-    pytest.importorskip("matplotlib")
-    drawn = plots.draw(example())
-    assert sorted(drawn) == ["error-per-layer", "size-accuracy", "speed-accuracy"]
-    assert all(png.startswith(b"\x89PNG") for png in drawn.values())
+    drawn = dict.fromkeys(page.CAPTIONS, b"\x89PNG")
     document = page.page(example(), drawn)
     assert document.count("data:image/png;base64,") == 3
     assert not re.search(r"(src|href)=[\"'](?!data:)|<script|https?://", document)
     assert "&lt;b&gt;&amp;ours" in document
     assert "<b>" not in document
     assert "needs &lt;a card&gt;" in document
+    read = Reader()
+    read.feed(document)
+    header, *rows = read.rows
+    assert tuple(header) == page.HEADER
+    assert rows == [list(page.cells(row)) for row in example().rows[:3]] + [["gone", "needs <a card>"]]
+    assert read.items == list(page.notes(example()))
+    assert read.figures == list(page.CAPTIONS.values())
+
+
+def test_plots_are_png() -> None:
+    pytest.importorskip("matplotlib")
+    drawn = plots.draw(example())
+    assert sorted(drawn) == sorted(page.CAPTIONS)
+    assert all(png.startswith(b"\x89PNG") for png in drawn.values())
 
 
 def test_plots_without_matplotlib_are_refused_early(monkeypatch: pytest.MonkeyPatch, model_dir: Path) -> None:
-    real = plots.importlib.util.find_spec
+    real = figures.importlib.util.find_spec
     stand_in = types.SimpleNamespace(find_spec=lambda name: None if name == "matplotlib" else real(name))
-    monkeypatch.setattr(plots, "importlib", types.SimpleNamespace(util=stand_in))
+    monkeypatch.setattr(figures, "importlib", types.SimpleNamespace(util=stand_in))
     result = CliRunner().invoke(app, ["report", str(model_dir), "--html", "x.html"])
     assert result.exit_code == 2
     assert "pip install matplotlib" in result.output

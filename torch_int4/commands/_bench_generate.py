@@ -52,11 +52,11 @@ def generate(
     import torch
     from rich.console import Console
 
-    from torch_int4.evals import models, output
+    from torch_int4.evals import figures, models, output
     from torch_int4.evals.bench import generate as bench
     from torch_int4.evals.bench import generate_report as report
-    from torch_int4.evals.bench import report as common
     from torch_int4.evals.bench import shapes
+    from torch_int4.support.markdown import markdown_table
 
     chosen = [shapes.find(name) for name in shape or ["smollm2-135m"]]
     plan = bench.Plan(
@@ -64,7 +64,7 @@ def generate(
     )
     options = {"group_size": group_size, "dtype": dtype, "compute": compute, "kv_cache": kv_cache, "head": head}
     if plot is not None:
-        common.require_matplotlib()  # before the minutes of measuring
+        figures.require_matplotlib("--plot")  # before the minutes of measuring
     torch.set_num_threads(threads)
     console = Console()
     wide = console if console.is_terminal else Console(width=200)  # a file or a pipe has no width to keep
@@ -77,7 +77,7 @@ def generate(
                 continue
             results.append(bench.measure(spec, plan, engine or (), status.update))
         for header, rows in report.tables(results[-1]):
-            wide.print(output.markdown_table(header, rows), "", highlight=False, markup=False, soft_wrap=True)
+            wide.print(markdown_table(header, rows), "", highlight=False, markup=False, soft_wrap=True)
         for line in report.lines(results[-1]):
             wide.print(line, highlight=False, markup=False, soft_wrap=True)
         wide.print("")

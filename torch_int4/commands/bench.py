@@ -56,7 +56,7 @@ def main(
     import torch
     from rich.console import Console
 
-    from torch_int4.evals import output
+    from torch_int4.evals import figures, output
     from torch_int4.evals.bench import peers as known
     from torch_int4.evals.bench import points, report, run
 
@@ -69,7 +69,7 @@ def main(
         offsets=offset or (),
     )
     if plot is not None:
-        report.require_matplotlib()  # before the minutes of measuring
+        figures.require_matplotlib("--plot")  # before the minutes of measuring
     if threads is not None:
         torch.set_num_threads(threads)
     console = Console()
@@ -116,10 +116,10 @@ def attention(
 
     from torch_int4.evals import output
     from torch_int4.evals.bench import attention as bench
-    from torch_int4.evals.bench import attention_report, report
+    from torch_int4.evals.bench import attention_points, attention_report, report
 
-    geometries = [bench.parse_geometry(text) for text in geometry or ()]
-    points = bench.select(kinds=kind or (), contexts=context or (), geometries=geometries)
+    geometries = [attention_points.parse_geometry(text) for text in geometry or ()]
+    points = attention_points.select(kinds=kind or (), contexts=context or (), geometries=geometries)
     if threads is not None:
         torch.set_num_threads(threads)
     console = Console()

@@ -46,14 +46,14 @@ def main(
     from rich.console import Console
 
     from torch_int4.config.text import parse_config
-    from torch_int4.evals import output
+    from torch_int4.evals import figures, output
     from torch_int4.evals.accuracy import olmo_data
     from torch_int4.evals.accuracy import tasks as local
     from torch_int4.evals.report import methods, page, plots
     from torch_int4.evals.report import run as report
 
     if png is not None or html is not None:
-        plots.require_matplotlib()  # before minutes are spent on measuring
+        figures.require_matplotlib(plots.OPTIONS)  # before minutes are spent on measuring
     data = olmo_data.resolve(data)
     settings: dict[str, Any] = {
         "text": None if text is None else str(text),

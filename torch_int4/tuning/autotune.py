@@ -21,6 +21,7 @@ from torch_int4.calibration.data import Calibration
 from torch_int4.config import Int4Config
 from torch_int4.errors import Int4Error
 from torch_int4.patching.patcher import patch
+from torch_int4.support.markdown import markdown_table
 from torch_int4.support.progress import tell
 from torch_int4.tuning.bandwidth import read_bandwidth
 from torch_int4.tuning.footprint import read_bytes
@@ -234,14 +235,13 @@ class _Tuner:
 def table(tried: Sequence[Tried], max_loss: float) -> str:
     """What was tried, as a markdown table."""
     header = ("candidate", "loss", "±", "verdict", "bits", "quantize s", "evaluate s", "tokens/s at most")
-    rows = [header, tuple("-" * len(name) for name in header)]
+    rows = []
     for entry in tried:
         loss = entry.worst(max_loss)
         cells = (f"{loss.loss:+.2%}", f"{loss.stderr:.2%}", loss.verdict(max_loss), f"{entry.bits:.2f}")
         times = (f"{entry.seconds[0]:.1f}", f"{entry.seconds[1]:.1f}", f"{entry.tokens_per_second:.0f}")
         rows.append((entry.name, *cells, *times))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows)
+    return markdown_table(header, rows)
 
 
 def _split(calibration: Any, evaluation: Any, tokenizer: Any, model: Any, count: int) -> tuple[Calibration, Tensor]:
