@@ -8,7 +8,7 @@ from torch_int4.layouts.layer import BlockLayout
 from torch_int4.layouts.scales import ScaleFold
 
 SERIAL = BlockLayout(
-    ("d8915874517deaf6", "62bd1c002ad7c1f3", None),
+    ("b267238d84bd5a34", "12e07e33af0f87fe", None),
     when=(("config.new_decoder_architecture", False), ("config.parallel_attn", False)),
     attention="self_attention",
     gate=None,
@@ -36,7 +36,7 @@ FAMILY = Family(
     shared_inputs=(("self_attention.query_key_value", "mlp.dense_h_to_4h"),),
     not_shared_beside=("post_attention_layernorm", "ln_mlp"),
     attention=AttentionLayout(
-        ("7c0f84e3b990e978",),
+        ("54cc3f4d8fc00587",),
         projections="query_key_value",
         output="dense",
         scale=None,

@@ -7,5 +7,5 @@ from torch_int4.patches import llama
 
 FAMILY = dataclasses.replace(
     llama.FAMILY,
-    blocks=(BlockLayout((*llama.FORWARDS[:2], "e5559c7750c32d00"), eps="eps", norm_offset=1.0),),
+    blocks=(BlockLayout((*llama.FORWARDS[:2], "db1d195519129c91"), eps="eps", norm_offset=1.0),),
 )

@@ -8,8 +8,8 @@ FAMILY = Family(
     shared_inputs=(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
     attention=AttentionLayout(
         (
-            "c611518378250417",  # up to transformers 5.23
-            "07929c937847cf5f",
+            "14ef24280d03b7dc",  # up to transformers 5.23
+            "9b35d907d3ddd6e3",
         ),
         softcap="attn_logit_softcapping",
         implementation="eager",  # others know no caps

@@ -8,7 +8,7 @@ from torch_int4.layouts.layer import BlockLayout
 from torch_int4.layouts.scales import ScaleFold
 
 SERIAL = BlockLayout(
-    ("6521a996f7cee472", "07bca05e110aca0f", None),
+    ("31091cc0c25496a4", "4374b3e41214b943", None),
     when=(("use_parallel_residual", False),),
     attention="attention",
     gate=None,
@@ -21,7 +21,7 @@ SERIAL = BlockLayout(
 
 FAMILY = Family(
     attention=AttentionLayout(
-        ("9699055901edab30",),
+        ("40c6a89992915ee1",),
         projections="query_key_value",
         output="dense",
         head_dim="head_size",

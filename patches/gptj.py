@@ -7,17 +7,17 @@ from torch_int4.layouts.family import Family
 from torch_int4.layouts.layer import BlockLayout
 from torch_int4.layouts.scales import ScaleFold
 
-ATTENTION = AttentionLayout(("57d804f979ffa739",), output="out_proj", interleaved=True, sines_first=True)
+ATTENTION = AttentionLayout(("a02a29455b1dda84",), output="out_proj", interleaved=True, sines_first=True)
 OLD_ATTENTION = dataclasses.replace(  # up to transformers 5.23
     ATTENTION,
-    forwards=("e7b128492004c6db",),
+    forwards=("e0d3c29567434f20",),
     scale=None,
     positions="embed_positions",
     implementation="eager",  # the only one that it had on CPUs
     sines_first=False,
 )
 LAYER = BlockLayout(
-    ("8d2a0312d31f062a", "6cf9e8ca14fd94ed", None),
+    ("ee6b0ffd28ca0b80", "3cbca819cd661e36", None),
     input_norm="ln_1",
     attention="attn",
     post_norm=None,
@@ -30,7 +30,7 @@ LAYER = BlockLayout(
     eps="eps",
 )
 
-OLD_LAYER = dataclasses.replace(LAYER, forwards=("1be29f480f990d63", *LAYER.forwards[1:]), returns_weights=True)
+OLD_LAYER = dataclasses.replace(LAYER, forwards=("a626bea95be3a0d5", *LAYER.forwards[1:]), returns_weights=True)
 
 FAMILY = Family(
     shared_inputs=(("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.fc_in"),),

@@ -7,20 +7,20 @@ from torch_int4.layouts.family import Family
 from torch_int4.layouts.layer import BlockLayout
 from torch_int4.layouts.scales import ScaleFold
 
-FORWARDS = ("223a3cfccaa8e6a5", "7d2027d4464e3e71", "9635bcd843f309a0")  # decoder layer, MLP, RMSNorm
+FORWARDS = ("0bbec4849760d2d6", "8146bac7a8b1d3d6", "2c349a2bd03b0671")  # decoder layer, MLP, RMSNorm
 ATTENTION = AttentionLayout(
     (
-        "95afba5870b8e68f",  # up to transformers 5.23
-        "566f3dcc0092edc0",
+        "39c5e704d19e218e",  # up to transformers 5.23
+        "3633abc0c652474a",
     )
 )
 WINDOWED = dataclasses.replace(  # which tells transformers the window that its masks have
     ATTENTION,
     forwards=(
-        "58be77feb2cb2a0f",  # up to transformers 5.23; of layers of several types
-        "b2b46533a8f04834",
-        "5bb2b2130304bb6f",  # up to transformers 5.23; of layers of one type
-        "ed1dd2a1e0ff51bd",
+        "64535214c8470958",  # up to transformers 5.23; of layers of several types
+        "fdfc40d57db3c07e",
+        "44a18608a635d298",  # up to transformers 5.23; of layers of one type
+        "515a20fb4f601499",
     ),
 )
 

@@ -7,8 +7,8 @@ from torch_int4.patches import llama
 
 ATTENTION = AttentionLayout(
     (
-        "cd3f33ede2a5e2a9",  # up to transformers 5.23
-        "0f06e240b8a4a446",
+        "6171c666977f70ef",  # up to transformers 5.23
+        "65d7a4bb66b173a7",
     ),
     norms=("q_norm", "k_norm"),
 )

@@ -40,6 +40,12 @@ def resolve(family: Family | str | None) -> Family | None:
     return _load(family)
 
 
+def source_of(family: Family) -> str:
+    """Where a family comes from, in words."""
+    names = (name for name in available() if _load(name) is family)
+    return next((f"patches/{name}.py" for name in names), "the given Family")
+
+
 def of_modules(model: nn.Module, given: Family | None) -> dict[int, Family]:
     """The family of each module of a model, by `id`: that of the nearest module above it whose config says
     so.

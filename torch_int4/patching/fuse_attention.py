@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from torch_int4.config import Int4Config
 from torch_int4.layouts.attention import AttentionLayout, KnownAttention
 from torch_int4.layouts.family import Family
+from torch_int4.patching import families
+from torch_int4.patching.refusals import Refusals, unknown_forward, wrong_children
 from torch_int4.support.forwards import (
     arguments_read,
     attention_function,
@@ -21,17 +23,25 @@ from torch_int4.support.forwards import (
 )
 
 
-def fuse(model: nn.Module, by_module: dict[int, Family], config: Int4Config) -> tuple[int, int]:
-    """Let the attention of a model run in our operators.
+class Fused(NamedTuple):
+    """What became of attention.
 
-    Returns how many modules are fused as a whole, and how many decoders call the operator by transformers'
-    attention interface.
+    Attributes:
+        modules: how many are fused as a whole.
+        interfaces: how many decoders call the operator by transformers' attention interface.
     """
+
+    modules: int = 0
+    interfaces: int = 0
+
+
+def fuse(model: nn.Module, by_module: dict[int, Family], config: Int4Config, refusals: Refusals) -> Fused:
+    """Let the attention of a model run in our operators, as far as the user has not switched that off."""
     if config.attention == "stock" or "transformers" not in sys.modules:  # then there is nothing of theirs
-        return 0, 0
+        return Fused()
     fused = interfaces = 0
     for decoder in _decoders(model):
-        count = sum(_fuse_module(module, by_module.get(id(module))) for module in decoder.modules())
+        count = sum(_fuse_module(module, by_module.get(id(module)), refusals) for module in decoder.modules())
         fused += count
         if count == 0:
             if not _use_interface(decoder):
@@ -40,7 +50,21 @@ def fuse(model: nn.Module, by_module: dict[int, Family], config: Int4Config) -> 
         _manage_cache(decoder, config)
     if fused or interfaces:
         _manage_generation(model, config)
-    return fused, interfaces
+    if not fused and not refusals.lines():
+        _refuse_all(model, by_module, refusals)
+    return Fused(fused, interfaces)
+
+
+def _refuse_all(model: nn.Module, by_module: dict[int, Family], refusals: Refusals) -> None:
+    """Say so where nothing even looks like the attention of the model's family."""
+    from transformers import PreTrainedModel, __version__
+
+    for module in model.modules():
+        family = by_module.get(id(module))
+        if isinstance(module, PreTrainedModel) and family is not None and family.attentions:
+            source = families.source_of(family)
+            refusals.add(module, f"holds no decoder with attention as {source} has it (transformers {__version__})")
+            return
 
 
 def _decoders(model: nn.Module) -> list[Any]:
@@ -62,32 +86,50 @@ def _is_inside(part: nn.Module, whole: nn.Module) -> bool:
     return any(module is part for module in whole.modules())
 
 
-def _fuse_module(module: nn.Module, family: Family | None) -> bool:
+def _fuse_module(module: nn.Module, family: Family | None, refusals: Refusals) -> bool:
     """Fuse an attention module, if it is one of its family."""
     from torch_int4.nn.attention import FusedAttention
     from torch_int4.support.mixins import mix_in
 
-    if isinstance(module, FusedAttention):
-        return False
-    for layout in family.attentions if family is not None else ():
-        known = _known(module, layout)
-        if known is not None:
+    if family is None or isinstance(module, FusedAttention):
+        return family is not None
+    reason = None
+    for layout in family.attentions:
+        if not all(name in module._modules for name in layout.linears):
+            continue
+        known = _known(module, layout, family)
+        if isinstance(known, KnownAttention):
             config: Any = module.config
             config._attn_implementation_internal = layout.implementation
             return mix_in(FusedAttention, module, known)
+        reason = reason or known
+    if reason is not None:
+        refusals.add(module, reason)
     return False
 
 
-def _known(module: nn.Module, layout: AttentionLayout) -> KnownAttention | None:
-    """What is known of an attention module, if the layout is true of it."""
-    if not all(isinstance(module._modules.get(name), nn.Module) for name in layout.children):
-        return None
-    if not all(hasattr(module, name) for name in layout.attributes) or "forward" in module.__dict__:
-        return None
-    kind = type(module)
-    cache = cache_argument(kind)
-    if cache is None or fingerprint(kind) not in layout.forwards:
-        return None
+def _known(module: nn.Module, layout: AttentionLayout, family: Family) -> KnownAttention | str:
+    """What is known of an attention module, or why the layout is not true of it."""
+    kind, cache = type(module), cache_argument(type(module))
+    if "forward" in module.__dict__:
+        return "has another forward than its class"
+    if fingerprint(kind) not in layout.forwards:
+        return unknown_forward("its forward", family)
+    reason = wrong_children(module, layout.children)
+    if reason is not None:
+        return reason
+    for name in layout.attributes:
+        if not hasattr(module, name):
+            return f"has no attribute {name}"
+    if cache is None:
+        return "takes no KV cache by a name that torch_int4 knows"
+    config: Any = module.config
+    for implementation in (config._attn_implementation, layout.implementation):
+        function = attention_function(kind, implementation)
+        if function is not None and not function.__module__.startswith(
+            ("transformers.", "torch_int4.", kind.__module__)
+        ):
+            return f"its attention implementation {implementation!r} is {function.__module__}.{function.__name__}"
     return KnownAttention(layout, cache, _arguments_read(kind, layout.implementation))
 
 

@@ -2,65 +2,106 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from torch_int4.layouts.family import Family
-from torch_int4.support.forwards import cache_argument, fingerprint
+from torch_int4.patching import families
+from torch_int4.patching.refusals import Refusals, attribute, unknown_forward, wrong_children
+from torch_int4.support.forwards import cache_argument, fingerprint, parameters
 
 if TYPE_CHECKING:
-    from torch_int4.layouts.layer import BlockLayout
+    from torch_int4.layouts.layer import BlockLayout, KnownBlock
 
 
-def fuse(model: nn.Module, by_module: dict[int, Family]) -> int:
+def fuse(model: nn.Module, by_module: dict[int, Family], refusals: Refusals) -> int:
     """Fuse decoder layers in place, after their attention was; the number of them."""
     count = 0
     for module in model.modules():
         family = by_module.get(id(module))
-        if family is not None:
-            count += any(_fuse_module(module, layout) for layout in family.blocks)
+        if family is not None and family.blocks:
+            count += _fuse_module(module, family, refusals)
     return count
 
 
-def _fuse_module(module: nn.Module, layout: BlockLayout) -> bool:
-    attention, mlp = module._modules.get(layout.attention), module._modules.get(layout.mlp)
-    norms = [module._modules.get(name) for name in layout.norms]
-    if attention is None or mlp is None or None in norms or "forward" in module.__dict__:
-        return False
+def _fuse_module(module: nn.Module, family: Family, refusals: Refusals) -> bool:
     from torch_int4.layouts.layer import KnownBlock
     from torch_int4.nn.attention import FusedAttention
     from torch_int4.nn.layer import FusedBlock
-    from torch_int4.nn.layer_parts import ACTIVATIONS
     from torch_int4.support.mixins import mix_in
 
-    if isinstance(module, FusedBlock) or not isinstance(attention, FusedAttention):
-        return False
-    if type(norms[0]) is not type(norms[-1]) or not all(map(functools.partial(_is_norm, layout), norms)):
-        return False
-    kinds: tuple[Any, Any, Any] = (type(module), type(mlp), type(norms[0]))
-    if not all(want is None or fingerprint(kind) == want for kind, want in zip(kinds, layout.forwards, strict=True)):
-        return False
-    if cache_argument(kinds[0]) != attention.torch_int4_data.cache:
-        return False
-    if any(_attribute(module, name) != value for name, value in layout.when):
-        return False
-    if not all(isinstance(mlp._modules.get(name), nn.Module) for name in layout.linears):
-        return False
-    if type(getattr(mlp, layout.activation, None)).__name__ not in ACTIVATIONS:
-        return False
-    return mix_in(FusedBlock, module, KnownBlock(layout, *kinds[1:]))
+    reasons = []
+    for layout in family.blocks:
+        attention = module._modules.get(layout.attention)
+        if isinstance(module, FusedBlock) or not isinstance(attention, FusedAttention):
+            continue  # attention that was refused is in the report already
+        known = _known(module, layout, family)
+        if isinstance(known, KnownBlock):
+            return mix_in(FusedBlock, module, known)
+        reasons.append(known)
+    if reasons:
+        refusals.add(module, max(reasons)[1])  # that of the layout which is nearest
+    return False
+
+
+def _known(module: nn.Module, layout: BlockLayout, family: Family) -> KnownBlock | tuple[int, str]:
+    """What is known of a layer whose attention is fused; or how far the layout is true of it, and why no further."""
+    from torch_int4.layouts.layer import KnownBlock
+
+    for step, check in enumerate((_check_forwards, _check_settings, _check_children, _check_parts)):
+        reason = check(module, layout, family)
+        if reason is not None:
+            return step, reason
+    return KnownBlock(layout, type(module._modules[layout.mlp]), type(module._modules[layout.input_norm]))
+
+
+def _check_forwards(module: nn.Module, layout: BlockLayout, family: Family) -> str | None:
+    if "forward" in module.__dict__:
+        return "has another forward than its class"
+    names = ("", layout.mlp, layout.input_norm)
+    for name, want in zip(names, layout.forwards, strict=True):
+        part = module._modules.get(name) if name else module
+        if part is not None and want is not None and fingerprint(type(part)) != want:
+            return unknown_forward(f"the forward of its {name}" if name else "its forward", family)
+    return None
+
+
+def _check_settings(module: nn.Module, layout: BlockLayout, family: Family) -> str | None:
+    for name, value in layout.when:
+        if attribute(module, name) != value:
+            return f"has {name} = {attribute(module, name)!r}, for which {families.source_of(family)} has no layout"
+    attention: Any = module._modules[layout.attention]
+    cache, kind = attention.torch_int4_data.cache, type(module)
+    if cache_argument(kind) != cache:
+        return f"calls its KV cache {cache_argument(kind)}, and its attention {cache}"
+    from torch_int4.nn.attention import HARMLESS
+
+    known = {*HARMLESS, cache, *filter(None, [attention.torch_int4_data.layout.unrotated])}
+    for name in parameters(kind.forward) - known:
+        return f"takes an argument {name}, which torch_int4 does not know"
+    return None
+
+
+def _check_children(module: nn.Module, layout: BlockLayout, family: Family) -> str | None:
+    reason = wrong_children(module, (*layout.norms, layout.attention, layout.mlp))
+    if reason is not None:
+        return reason
+    return wrong_children(module._modules[layout.mlp], (*layout.linears, layout.activation), f"its {layout.mlp} ")
+
+
+def _check_parts(module: nn.Module, layout: BlockLayout, family: Family) -> str | None:
+    from torch_int4.nn.layer_parts import ACTIVATIONS
+
+    norms = [module._modules[name] for name in layout.norms]
+    for name, norm in zip(layout.norms, norms, strict=True):
+        if type(norm) is not type(norms[0]) or not _is_norm(layout, norm):
+            return f"its {name} is a {type(norm).__name__} that its family does not know"
+    activation = type(getattr(module._modules[layout.mlp], layout.activation)).__name__
+    return None if activation in ACTIVATIONS else f"its activation {activation} is not among {', '.join(ACTIVATIONS)}"
 
 
 def _is_norm(layout: BlockLayout, norm: Any) -> bool:
     if layout.forwards[2] is None and (type(norm) is not nn.LayerNorm or len(norm.normalized_shape) != 1):
         return False
     return hasattr(norm, layout.eps) and getattr(norm, "weight", None) is not None
-
-
-def _attribute(module: nn.Module, path: str) -> Any:
-    found: Any = module
-    for name in path.split("."):
-        found = getattr(found, name, None)
-    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections import Counter
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from torch_int4.patching import fuse_layers as _block
 from torch_int4.patching import fuse_stack as _stack
 from torch_int4.patching import scan as _scan
 from torch_int4.patching import ties as _ties
+from torch_int4.patching.refusals import Refusals
 from torch_int4.patching.report import PatchReport
 from torch_int4.patching.scan import Target
 from torch_int4.weights import arena
@@ -97,16 +99,25 @@ def patch(
         if foreign:
             _foreign.forget_backend(model)
         report.merged += _merge(model, by_module)
-        fused, interfaces = _attention.fuse(model, by_module, config)
-        report.fused += fused
-        report.interfaces += interfaces
-        report.blocks += _block.fuse(model, by_module)
-        _stack.fuse(model)
+        _fuse(model, by_module, report)
         report.skipped = skipped + kept
         report.complete = True
         _make_saveable(model, config)
         arena.return_memory()
     return model
+
+
+def _fuse(model: nn.Module, by_module: dict[int, families.Family], report: PatchReport) -> None:
+    """Fuse what the families know, and say what of it could not be."""
+    refusals = Refusals()
+    fused = _attention.fuse(model, by_module, report.config, refusals)
+    report.fused += fused.modules
+    report.interfaces += fused.interfaces
+    report.blocks += _block.fuse(model, by_module, refusals)
+    _stack.fuse(model)
+    report.unfused = refusals.lines()
+    if report.unfused:
+        warnings.warn(f"torch_int4: not fused, and so slower: {'. '.join(report.unfused)}", stacklevel=3)
 
 
 def _previous_report(model: nn.Module, config: Int4Config) -> PatchReport | None:

@@ -38,6 +38,7 @@ class PatchReport:
         fused: attention modules that run fused.
         blocks: decoder layers that run fused around their attention.
         interfaces: decoders that call our attention by transformers' attention interface.
+        unfused: what runs in stock modules although its family has a file, and why; a sentence for each kind.
         skipped: (name, reason) of every linear and embedding left in float.
         embeddings: (name, bytes before, bytes after) of embeddings stored in fewer bytes.
         notices: what the recipe could not do.
@@ -50,6 +51,7 @@ class PatchReport:
     fused: int = 0
     blocks: int = 0
     interfaces: int = 0
+    unfused: list[str] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     embeddings: list[tuple[str, int, int]] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
@@ -94,6 +96,7 @@ class PatchReport:
                 lines.append(f"decoder layers: {self.blocks} fused")
         elif self.interfaces:
             lines.append("attention: by transformers' attention interface")
+        lines += [f"not fused: {sentence}" for sentence in self.unfused]
         for entry in self.linears:
             if entry.shared:
                 lines.append(f"{entry.name}: its float weight stays in memory, because another module uses it")

@@ -10,7 +10,6 @@ import ast
 import functools
 import hashlib
 import inspect
-import sys
 import textwrap
 import types
 from collections.abc import Iterator
@@ -32,10 +31,10 @@ def source_of(function: Any) -> ast.FunctionDef | None:
 def cache_argument(kind: type) -> str | None:
     """Name of the argument of a class's `forward` that takes the KV cache; None where it has none, or several."""
     try:
-        parameters = inspect.signature(inspect.unwrap(kind.forward)).parameters  # type: ignore[attr-defined]
+        taken = inspect.signature(inspect.unwrap(kind.forward)).parameters  # type: ignore[attr-defined]
     except (TypeError, ValueError, AttributeError):
         return None
-    names = [name for name in CACHES if name in parameters]
+    names = [name for name in CACHES if name in taken]
     return names[0] if len(names) == 1 else None
 
 
@@ -86,7 +85,18 @@ def _normal_text(function: ast.FunctionDef) -> str:
     caches = [node.arg for node in arguments if node.arg in CACHES]
     if len(caches) == 1 and caches[0] != CACHES[0]:
         _rename(function, caches[0], CACHES[0])
-    return ast.unparse(function)
+    return _text_of(function)
+
+
+def _text_of(part: Any) -> str:
+    """A syntax tree as text that is the same for every version of Python; `ast.unparse` and `ast.dump` are not."""
+    if isinstance(part, list):
+        return f"[{', '.join(map(_text_of, part))}]"
+    if not isinstance(part, ast.AST):
+        return repr(part)
+    fields = [(name, value) for name, value in ast.iter_fields(part) if value is not None and value != []]
+    known = (f"{name}={_text_of(value)}" for name, value in fields if name not in ("ctx", "kind", "type_comment"))
+    return f"{type(part).__name__}({', '.join(known)})"
 
 
 def _rename(function: ast.FunctionDef, old: str, new: str) -> None:
@@ -125,9 +135,15 @@ def forward_arguments(kind: type) -> frozenset[str] | None:
     return None if source is None else _names(source) | frozenset(_strings_of_decorators(function))
 
 
+def parameters(function: Any) -> frozenset[str]:
+    """Names of the arguments that a method takes, besides `self` and any others as `**kwargs`."""
+    found = list(inspect.signature(inspect.unwrap(function)).parameters.values())[1:]
+    return frozenset(each.name for each in found if each.kind is not each.VAR_KEYWORD)
+
+
 def _names(source: ast.FunctionDef) -> frozenset[str]:
-    parameters = source.args
-    found = {node.arg for node in (*parameters.posonlyargs, *parameters.args, *parameters.kwonlyargs)}
+    arguments = source.args
+    found = {node.arg for node in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
     for node in ast.walk(source):
         if isinstance(node, ast.keyword) and node.arg is not None:
             found.add(node.arg)
@@ -164,9 +180,8 @@ def _strings_of_decorators(function: Any) -> Iterator[str]:
 
 def attention_function(kind: type, implementation: str) -> Any:
     """The function that attention modules of a class call for an implementation of transformers; None for none."""
-    module = sys.modules.get(kind.__module__)
+    names = inspect.unwrap(kind.forward).__globals__  # type: ignore[attr-defined]
     if implementation == "eager":
-        return getattr(module, "eager_attention_forward", None)
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    return ALL_ATTENTION_FUNCTIONS.get(implementation) if hasattr(module, "ALL_ATTENTION_FUNCTIONS") else None
+        return names.get("eager_attention_forward")
+    known = names.get("ALL_ATTENTION_FUNCTIONS")
+    return None if known is None else known.get(implementation)
