@@ -126,11 +126,15 @@ def _known(module: nn.Module, layout: AttentionLayout, family: Family) -> KnownA
     config: Any = module.config
     for implementation in (config._attn_implementation, layout.implementation):
         function = attention_function(kind, implementation)
-        if function is not None and not function.__module__.startswith(
-            ("transformers.", "torch_int4.", kind.__module__)
-        ):
-            return f"its attention implementation {implementation!r} is {function.__module__}.{function.__name__}"
+        if not _is_stock(function, kind.__module__):
+            source = f"{function.__module__}.{function.__name__}"
+            return f"its attention implementation {implementation!r} is {source}"
     return KnownAttention(layout, cache, _arguments_read(kind, layout.implementation))
+
+
+def _is_stock(function: Any, *places: str) -> bool:
+    """Whether an attention function is one of transformers or ours, or of these places, or none."""
+    return function is None or function.__module__.startswith(("transformers.", "torch_int4.", *places))
 
 
 @functools.cache
@@ -146,6 +150,10 @@ def _use_interface(decoder: Any) -> bool:
     if not getattr(decoder, "_supports_attention_backend", False) or not decoder._can_set_attn_implementation():
         return False
     if decoder.config._attn_implementation not in ("sdpa", "eager") or not getattr(decoder.config, "is_causal", True):
+        return False
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if not _is_stock(ALL_ATTENTION_FUNCTIONS.get(decoder.config._attn_implementation)):
         return False
     from torch_int4.nn.attention_interface import NAME
 
