@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_int4.forwards import arguments_read, cache_argument, fingerprint, forward_arguments
+from torch_int4.support.forwards import arguments_read, cache_argument, fingerprint, forward_arguments
 
 
 def helper(x):

@@ -14,8 +14,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from torch_int4 import patch
-from torch_int4.forwards import fingerprint
 from torch_int4.patching import families
+from torch_int4.support.forwards import fingerprint
 
 WITH = f"(transformers {transformers.__version__})"
 
