@@ -2,12 +2,16 @@
 
 namespace torch_int4 {
 
-void check_view(const Tensor& t, const char* name, int64_t dims) {
+static void check_layout(const Tensor& t, const char* name, int64_t dims) {
   STD_TORCH_CHECK(t.is_cpu(), "torch_int4: ", name, " must be a CPU tensor");
   STD_TORCH_CHECK(t.dim() == dims, "torch_int4: ", name, " must have ", dims, " dimensions, not the shape ",
                   shape_text(t));
   STD_TORCH_CHECK(t.size(dims - 1) == 1 || t.stride(dims - 1) == 1 || t.numel() == 0,
                   "torch_int4: the last dimension of ", name, " must have stride 1; call .contiguous()");
+}
+
+void check_view(const Tensor& t, const char* name, int64_t dims) {
+  check_layout(t, name, dims);
   check_stored(t, name);
 }
 
@@ -154,7 +158,7 @@ void view_angles(const OptionalTensor& cos, const OptionalTensor& sin, int64_t r
 
 CacheTarget view_cache(const Tensor& cache, const char* name, const OptionalTensor& scales, const char* scales_name,
                        const HeadsView& source, const RotaryAppend& a) {
-  check_view(cache, name, 4);
+  check_layout(cache, name, 4);
   check_tensor(cache, name, cache.scalar_type(), "float32, bfloat16, float16 or int8",
                {a.batch, source.heads, cache.size(2), source.dim});
   check_scales(scales, scales_name, cache);

@@ -81,40 +81,39 @@ void view_caches(const Tensor& key_cache, const Tensor& value_cache, const Optio
   l.attention.length = r.length + r.tokens;
 }
 
-// Whether a tensor still is what kernels take it for. Its shape is left out: it lies in another line of memory, and
-// kernels go by that of the weight.
-bool is_alike(const Tensor& t, ScalarType type, int64_t count) {
-  return t.numel() == count && t.scalar_type() == type && t.is_cpu() && t.is_contiguous() && is_stored(t);
+// Few questions, as each asks LibTorch: from the same place on, in a storage of the same size, lie the bytes that were
+// checked.
+bool is_at(const Tensor& t, const void* data, const Place& place) {
+  return t.const_data_ptr() == data && t.storage_offset() == place.offset && t.numel() == place.count &&
+         stored_bytes(t) == place.stored;
 }
 
-ScalarType stored_as(ScaleType type) {
-  return type == ScaleType::kF32 ? ScalarType::Float : type == ScaleType::kF16 ? ScalarType::Half : ScalarType::Byte;
-}
+Place place_of(const Tensor& t) { return {t.storage_offset(), t.numel(), stored_bytes(t)}; }
 
-// Where the tensors of a linear are now. Tensors keep their identity when they get another storage, type or shape
-// (t.data = ..., t.set_(...), a storage that is resized): those are checked from the start.
-void view_memory(const Linears& given, size_t i, PackedWeight& w) {
-  const Tensor &weight = given.weights[i], &scales = given.scales[i];
+LinearPlaces places_of(const Linears& given, size_t i) {
   const OptionalTensor& offsets = given.offsets[i];
-  const int64_t count = w.panels() * w.groups * kPanelRows;
-  const ScalarType type = stored_as(w.scale_type);
-  bool alike = is_alike(weight, ScalarType::Byte, w.panels() * w.panel_bytes()) && is_alike(scales, type, count);
-  if (offsets) alike = alike && is_alike(*offsets, w.offset == Offset::kInteger ? ScalarType::Byte : type, count);
-  if (!alike) {
-    w = view_weight(weight, scales, offsets, w.out_features, w.in_features, given.group_size, given.type);
+  return {place_of(given.weights[i]), place_of(given.scales[i]), offsets ? place_of(*offsets) : Place{}};
+}
+
+// The memory of a linear. Tensors keep their identity when they get another storage, type or shape (share_memory_(),
+// t.data = ..., t.set_(...), a storage that is resized): those are looked at from the start.
+void view_memory(const Linears& given, size_t i, const LinearPlaces& places, PackedWeight& w) {
+  const OptionalTensor& offsets = given.offsets[i];
+  if (is_at(given.weights[i], w.codes, places.codes) && is_at(given.scales[i], w.scales, places.scales) &&
+      (!offsets || is_at(*offsets, w.offsets, places.offsets))) {
     return;
   }
-  w.codes = static_cast<const uint8_t*>(weight.const_data_ptr());
-  w.scales = scales.const_data_ptr();
-  w.offsets = offsets ? offsets->const_data_ptr() : nullptr;
+  w = view_weight(given.weights[i], given.scales[i], offsets, w.out_features, w.in_features, given.group_size,
+                  given.type);
 }
 
 // Biases and permutations are checked at each call: both may be written to, and the latter are where kernels read.
-void view_memory(const Linears& given, DecoderLayer& l, std::vector<float>* converted) {
+void view_memory(const PreparedLayer& p, DecoderLayer& l, std::vector<float>* converted) {
+  const Linears& given = p.linears;
   const size_t count = given.weights.size(), output = size_t(l.projections);
   for (size_t i = 0; i < count; ++i) {
     PackedWeight& w = l.weights[i];
-    view_memory(given, i, w);
+    view_memory(given, i, p.places[i], w);
     l.biases[i] = bias_floats(given.biases[i], w.out_features, converted[i]);
     const bool read = i == 0 || i == output || i == output + 1 || i == count - 1;  // those of other linears are alike
     l.perms[i] = read ? check_perm(given.perms[i], w.in_features) : nullptr;
@@ -138,6 +137,7 @@ void prepare_layer(PreparedLayer& p, int64_t features, int64_t projections, bool
   l.parallel = parallel_residual;
   view_heads_of_caches(kv_heads, head_size, value_size, p.linears, l);
   view_linears(p.linears, features, l);
+  for (size_t i = 0; i < p.linears.weights.size(); ++i) p.places[i] = places_of(p.linears, i);
   l.compute = compute_type(compute);
   l.activation = activation_type(activation);
   l.rotary.interleaved = interleaved;
@@ -155,7 +155,7 @@ void view_layer(const PreparedLayer& p, const Tensor& x, const LayerState& state
   int64_t inside = features;  // features of all that is kept between the steps of a layer
   for (const int64_t n : p.linears.out_features) inside += n;
   product(product(l.x.rows, 4, "x"), inside, "x");
-  view_memory(p.linears, l, view.converted);
+  view_memory(p, l, view.converted);
   l.x.perm = l.perms[0];
   const Norms& given = p.norms;
   NormView* norms = view.norms;

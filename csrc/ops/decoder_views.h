@@ -23,11 +23,21 @@ struct Norms {
   double eps, offset;
 };
 
+// Where a tensor was in its storage, and how large both were.
+struct Place {
+  int64_t offset, count, stored;  // elements, elements, bytes
+};
+
+struct LinearPlaces {
+  Place codes, scales, offsets;
+};
+
 // What stays the same from call to call, checked, with the tensors that it views. Norms, biases and permutations are
 // checked at each call: they may have been written to. So is whether the other tensors still have their memory.
 struct PreparedLayer {
   DecoderLayer layer{};
   Linears linears;
+  LinearPlaces places[kMaxLinears];
   Norms norms;
 };
 

@@ -43,28 +43,29 @@ inline int64_t product(int64_t a, int64_t b, const char* what) {
   return result;
 }
 
-// Whether all elements lie in the storage, which may have been made smaller since the tensor was.
-inline bool is_stored(const Tensor& t) {
-  if (t.numel() == 0) return true;
-  int64_t last = t.storage_offset(), bytes = 0, stored = 0;
-  if (t.is_contiguous()) {
-    if (__builtin_add_overflow(last, t.numel() - 1, &last)) return false;
-  } else {
-    const auto sizes = t.sizes(), strides = t.strides();
-    for (size_t i = 0; i < sizes.size(); ++i) {
-      int64_t distance;
-      if (__builtin_mul_overflow(sizes[i] - 1, strides[i], &distance)) return false;
-      if (__builtin_add_overflow(last, distance, &last)) return false;
-    }
-  }
-  if (__builtin_mul_overflow(last + 1, int64_t(t.element_size()), &bytes)) return false;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &stored));
-  return bytes <= stored;
+inline int64_t stored_bytes(const Tensor& t) {
+  int64_t bytes;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  return bytes;
+}
+
+// That the storage reaches to an element so many behind the first one: it may have been resized under the tensor.
+inline void check_stored(const Tensor& t, const char* name, int64_t distance) {
+  int64_t last, bytes;
+  const bool fits = !__builtin_add_overflow(t.storage_offset(), distance, &last) &&
+                    !__builtin_mul_overflow(last + 1, int64_t(t.element_size()), &bytes) && bytes <= stored_bytes(t);
+  STD_TORCH_CHECK(fits, "torch_int4: the storage of ", name, " ", shape_text(t),
+                  " was resized and holds less than the tensor");
 }
 
 inline void check_stored(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(is_stored(t), "torch_int4: the storage of ", name, " ", shape_text(t),
-                  " was resized and holds less than the tensor");
+  const int64_t count = t.numel();
+  if (count == 0) return;
+  if (t.is_contiguous()) return check_stored(t, name, count - 1);
+  int64_t distance = 0;
+  const auto sizes = t.sizes(), strides = t.strides();
+  for (size_t i = 0; i < sizes.size(); ++i) distance += product(sizes[i] - 1, strides[i], name);
+  check_stored(t, name, distance);
 }
 
 inline void check_tensor(const Tensor& t, const char* name, ScalarType type, const char* type_name,
@@ -75,7 +76,9 @@ inline void check_tensor(const Tensor& t, const char* name, ScalarType type, con
   bool same = t.dim() == int64_t(shape.size());
   for (size_t i = 0; same && i < shape.size(); ++i) same = t.size(int64_t(i)) == shape[i];
   STD_TORCH_CHECK(same, "torch_int4: ", name, " has shape ", shape_text(t), " but must be ", shape_text(shape));
-  check_stored(t, name);
+  int64_t count = 1;
+  for (const int64_t size : shape) count *= size;
+  if (count) check_stored(t, name, count - 1);
 }
 
 }  // namespace torch_int4

@@ -68,6 +68,11 @@ class Role(NamedTuple):
         """Names of the attributes among the facts."""
         return [fact.name for fact in (*self.own, *self.common) if not fact.place]
 
+    @property
+    def places(self) -> list[str]:
+        """Names of the dictionaries of a module that hold the others."""
+        return sorted({fact.place for fact in self.own if fact.place})
+
 
 def _attribute(argument: str, name: str | None = None) -> Fact:
     return Fact(argument, argument, "", name or argument)

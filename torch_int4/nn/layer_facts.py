@@ -85,17 +85,17 @@ class LayerFacts:
             dtype: of the layer's input, and of the parameters of norms.
         """
         norms, layout = [*self.norms, *(self.head_norms or ())], self.layout
-        holders, leaves = (self.attention, self.mlp), (*norms, *self.linears)
-        guard = Guard(dtype, [*holders, self.activation, *leaves], [norm._parameters["weight"] for norm in norms])
+        holders = (self.attention, self.mlp)
+        modules = [*holders, self.activation, *norms, *self.linears]
+        guard = Guard(dtype, modules, [norm._parameters["weight"] for norm in norms])
         for module in (self.block, *holders):
             guard.watch_all(module._modules)
             guard.watch(vars(module), "training")
         guard.watch(vars(self.attention), *self.attention.torch_int4_data.layout.attributes)
-        for module in leaves:
-            guard.watch_all(module._parameters)
-            guard.watch_all(module._buffers)
         for role, modules in ((layout.norm_role, norms), (LINEAR, self.linears)):
             for module in modules:
+                for place in role.places:
+                    guard.watch_all(getattr(module, place))
                 guard.watch(vars(module), *role.attributes)
         return guard
 
