@@ -271,7 +271,7 @@ HARMS = {
     "norm emptied": ("norm.weight.untyped_storage().resize_(0)", "the storage of norm_weight .* was resized"),
     "other codes": ("down.packed.data = torch.zeros(0, dtype=torch.uint8)", "weight has shape"),
     "other scales": ("down.packed_scales.data = down.packed_scales[:1]", "scales has shape"),
-    "other type": ("down.packed.data = down.packed.view(torch.int8)", "weight must be uint8"),
+    "other type": ("down.packed.data = down.packed.view(torch.int8).clone()", "weight must be uint8"),
     "other strides": ("down.packed.data = down.packed.mT.contiguous().mT", "weight must be contiguous"),
     "other perm": ("down.perm.data = down.perm.int()", "perm must be int64"),
 }

@@ -11,6 +11,7 @@ from torch import Tensor
 import torch_int4
 from torch_int4 import Int4Error, Int4Linear, ops
 from torch_int4.nn.shared_input import merge_inputs
+from torch_int4.ops.fakes import fake
 
 OPS = torch.ops.torch_int4
 
@@ -45,6 +46,29 @@ def test_opcheck_pack_unpack_dequantize(kind: str) -> None:
     shape = {"out_features": 40, "in_features": 70, "group_size": 32}
     torch.library.opcheck(OPS.unpack.default, tuple(packed(kind=kind)), shape)
     torch.library.opcheck(OPS.dequantize.default, (*packed(kind=kind), None), shape)
+
+
+def test_rules_of_fake_kernels_name_arguments_that_there_are() -> None:
+    with pytest.raises(ValueError, match="torch_int4::linear_add has no argument bits"):
+        fake("linear_add")(lambda x, bits: x)
+
+
+def test_fake_kernels_take_what_schemas_take() -> None:
+    """By place or by name, with defaults or without."""
+    weight, (w, s, o) = oracle.random_weight(40, 70, 32, "float"), packed()
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(2, 3, 70)
+        shape = {"out_features": 40, "in_features": 70, "group_size": 32}
+        for dtype in (torch.float32, torch.bfloat16):
+            options = {} if dtype == torch.float32 else {"dtype": dtype}
+            dense = OPS.dequantize(w, scales=s, offsets=o, perm=None, **shape, **options)
+            assert dense.shape == (40, 70)
+            assert dense.dtype == dtype
+        y = OPS.int4_linear(weight=w, x=x, scales=s, out_features=40, group_size=32, out_dtype=torch.float16)
+        assert y.shape == (2, 3, 40)
+        assert y.dtype == torch.float16
+        codes, scales, offsets = OPS.pack(weight.codes, weight.scales, offsets=weight.offsets, group_size=32)
+        assert [t.shape for t in (codes, scales, offsets)] == [t.shape for t in (w, s, o) if t is not None]
 
 
 def test_gradients_are_those_of_the_dequantized_weight() -> None:

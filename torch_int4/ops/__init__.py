@@ -15,6 +15,7 @@ from torch import Tensor
 from torch_int4 import _C
 from torch_int4.errors import Int4Error
 from torch_int4.ops import attention, layer
+from torch_int4.ops.fakes import fake
 
 _REGISTER = (_C, attention, layer)  # imported because that registers operators, or their shapes
 
@@ -86,15 +87,14 @@ def check_packed(
             raise Int4Error(f"{name} must be {' or '.join(map(str, dtypes))} {list(shape)}, got {got}")
 
 
-@torch.library.register_fake("torch_int4::pack")
+@fake("pack")
 def _pack(
     codes: Tensor,
     scales: Tensor,
-    zeros: Tensor | None = None,
-    offsets: Tensor | None = None,
-    *,
+    zeros: Tensor | None,
+    offsets: Tensor | None,
     group_size: int,
-    weight_type: str = "int4",
+    weight_type: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, inputs = codes.shape
     panels = -(-rows // PANEL_ROWS)
@@ -105,71 +105,29 @@ def _pack(
     return codes.new_empty(panels, lines, 64), scales.new_empty(streams), packed_offsets
 
 
-@torch.library.register_fake("torch_int4::unpack")
+@fake("unpack")
 def _unpack(
-    weight: Tensor,
-    scales: Tensor,
-    offsets: Tensor | None,
-    *,
-    out_features: int,
-    in_features: int,
-    group_size: int,
-    weight_type: str = "int4",
+    weight: Tensor, scales: Tensor, offsets: Tensor | None, out_features: int, in_features: int, group_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     streams = (out_features, _groups(in_features, group_size))
     unpacked_offsets = scales.new_empty(0) if offsets is None else offsets.new_empty(streams)
     return weight.new_empty(out_features, in_features), scales.new_empty(streams), unpacked_offsets
 
 
-@torch.library.register_fake("torch_int4::dequantize")
+@fake("dequantize")
 def _dequantize(
-    weight: Tensor,
-    scales: Tensor,
-    offsets: Tensor | None,
-    perm: Tensor | None,
-    *,
-    out_features: int,
-    in_features: int,
-    group_size: int,
-    weight_type: str = "int4",
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
+    weight: Tensor, out_features: int, in_features: int, dtype: torch.dtype = torch.float32
+) -> Tensor:  # schemas give dtypes as numbers
     return weight.new_empty(out_features, in_features, dtype=dtype)
 
 
-@torch.library.register_fake("torch_int4::int4_linear")
-def _int4_linear(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    offsets: Tensor | None = None,
-    bias: Tensor | None = None,
-    perm: Tensor | None = None,
-    *,
-    out_features: int,
-    group_size: int,
-    weight_type: str = "int4",
-    compute: str = "int8",
-    out_dtype: torch.dtype | None = None,
-) -> Tensor:
+@fake("int4_linear")
+def _int4_linear(x: Tensor, out_features: int, out_dtype: torch.dtype | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype or x.dtype)
 
 
-@torch.library.register_fake("torch_int4::int4_linears")
-def _int4_linears(
-    x: Tensor,
-    weights: list[Tensor],
-    scales: list[Tensor],
-    offsets: list[Tensor | None],
-    biases: list[Tensor | None],
-    perm: Tensor | None = None,
-    *,
-    out_features: list[int],
-    group_size: int,
-    weight_type: str = "int4",
-    compute: str = "int8",
-    out_dtype: torch.dtype | None = None,
-) -> list[Tensor]:
+@fake("int4_linears")
+def _int4_linears(x: Tensor, out_features: list[int], out_dtype: torch.dtype | None) -> list[Tensor]:
     return [x.new_empty((*x.shape[:-1], rows), dtype=out_dtype or x.dtype) for rows in out_features]
 
 

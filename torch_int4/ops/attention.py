@@ -27,45 +27,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_int4 import _C  # noqa: F401  (registers the operators)
 from torch_int4.errors import Int4Error
+from torch_int4.ops.fakes import fake
 
 
-@torch.library.register_fake("torch_int4::rotary_append")
-def _rotary_append(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    key_scales: Tensor | None,
-    value_scales: Tensor | None,
-    length: Tensor,
-    *,
-    rotary_dim: int = 0,
-    interleaved: bool = False,
-) -> Tensor:
+@fake("rotary_append")
+def _rotary_append(query: Tensor) -> Tensor:
     return query.new_empty(query.shape)
 
 
-@torch.library.register_fake("torch_int4::attention")
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_scales: Tensor | None,
-    value_scales: Tensor | None,
-    length: Tensor | None,
-    mask: Tensor | None,
-    alibi_slopes: Tensor | None,
-    *,
-    scale: float,
-    causal: bool,
-    window: int = 0,
-    softcap: float = 0.0,
-) -> Tensor:
+@fake("attention")
+def _attention(query: Tensor, value: Tensor) -> Tensor:
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 

@@ -55,125 +55,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_int4 import _C  # noqa: F401  (registers the operators)
 from torch_int4.errors import Int4Error
+from torch_int4.ops.fakes import fake
 
 
-@torch.library.register_fake("torch_int4::normalize")
-def _normalize(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None = None,
-    *,
-    norm: str = "rms",
-    eps: float = 1e-6,
-    norm_offset: float = 0.0,
-) -> Tensor:
+@fake("normalize")
+@fake("decoder_layer")
+def _alike(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("torch_int4::norm_linears")
-def _norm_linears(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor | None,
-    weights: list[Tensor],
-    scales: list[Tensor],
-    offsets: list[Tensor | None],
-    biases: list[Tensor | None],
-    perm: Tensor | None = None,
-    *,
-    out_features: list[int],
-    group_size: int,
-    weight_type: str = "int4",
-    compute: str = "int8",
-    out_dtype: torch.dtype | None = None,
-    norm: str = "rms",
-    eps: float = 1e-6,
-    norm_offset: float = 0.0,
-) -> list[Tensor]:
+@fake("norm_linears")
+def _norm_linears(x: Tensor, out_features: list[int], out_dtype: torch.dtype | None) -> list[Tensor]:
     return [x.new_empty((*x.shape[:-1], rows), dtype=out_dtype or x.dtype) for rows in out_features]
 
 
-@torch.library.register_fake("torch_int4::linear_add")
-def _linear_add(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    scales: Tensor,
-    offsets: Tensor | None = None,
-    bias: Tensor | None = None,
-    perm: Tensor | None = None,
-    *,
-    out_features: int,
-    group_size: int,
-    weight_type: str = "int4",
-    compute: str = "int8",
-) -> Tensor:
+@fake("linear_add")
+def _linear_add(x: Tensor, out_features: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-@torch.library.register_fake("torch_int4::mlp")
-def _mlp(
-    x: Tensor,
-    residual: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    weights: list[Tensor],
-    scales: list[Tensor],
-    offsets: list[Tensor | None],
-    biases: list[Tensor | None],
-    perm: Tensor | None = None,
-    down_perm: Tensor | None = None,
-    *,
-    out_features: list[int],
-    group_size: int,
-    weight_type: str = "int4",
-    compute: str = "int8",
-    activation: str = "silu",
-    norm: str = "rms",
-    eps: float = 1e-6,
-    norm_offset: float = 0.0,
-) -> Tensor:
+@fake("mlp")
+def _mlp(x: Tensor, out_features: list[int]) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features[-1]))
-
-
-@torch.library.register_fake("torch_int4::decoder_layer")
-def _decoder_layer(
-    x: Tensor,
-    norm_weights: list[Tensor],
-    norm_biases: list[Tensor | None],
-    head_norms: list[Tensor],
-    weights: list[Tensor],
-    scales: list[Tensor],
-    offsets: list[Tensor | None],
-    biases: list[Tensor | None],
-    perms: list[Tensor | None],
-    cos: Tensor | None,
-    sin: Tensor | None,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    key_scales: Tensor | None,
-    value_scales: Tensor | None,
-    length: Tensor,
-    mask: Tensor | None = None,
-    *,
-    out_features: list[int],
-    group_size: int,
-    weight_type: str = "int4",
-    compute: str = "int8",
-    activation: str = "silu",
-    norm: str = "rms",
-    eps: float = 1e-6,
-    norm_offset: float = 0.0,
-    projections: int = 3,
-    parallel_residual: bool = False,
-    rotary_dim: int = 0,
-    interleaved: bool = False,
-    scale: float,
-    softcap: float = 0.0,
-) -> Tensor:
-    return x.new_empty(x.shape)
 
 
 def _no_gradient(ctx: Any, *grads: Any) -> None:
