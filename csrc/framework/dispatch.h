@@ -1,4 +1,4 @@
-// Chooses a kernel set once, by what the processor and the operating system support.
+// Chooses a kernel set once, by what each one says of the processor and the operating system.
 #pragma once
 #include <string>
 #include <vector>
@@ -7,15 +7,16 @@
 
 namespace torch_int4 {
 
-CpuFeatures detect_cpu();
-
 // The kernel set in use. Throws std::runtime_error when TORCH_INT4_ISA names one that is unknown or unsupported.
 const IsaKernels& active_kernels();
 
 // Sets the kernel set by name ("" = the best supported one); throws like active_kernels().
 void select_kernels(const std::string& name);
 
-// Names in descending rank: every kernel set that was built, or only those that run here.
+// In descending rank: every kernel set that was built, or only those that run here.
+std::vector<const IsaKernels*> kernel_sets(bool only_supported);
+
+// Their names.
 std::vector<std::string> kernel_names(bool only_supported);
 
 }  // namespace torch_int4

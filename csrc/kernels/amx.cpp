@@ -5,7 +5,10 @@
 #include "kernels/attention_kernel.h"
 #include "kernels/kernel.h"
 #include "kernels/scalar.h"
-#include "kernels/simd.h"
+#include "kernels/simd_x86.h"
+
+#ifdef TI4_X86
+#include "kernels/probes/x86.h"
 
 #pragma GCC push_options
 TI4_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,amx-tile,amx-int8,amx-bf16")
@@ -221,12 +224,27 @@ void amx_float(const PackedWeight& w, const FloatRows& a, int64_t first, int64_t
   else amx_bf16_typed<WeightType::kBook>(w, a, first, last, out);
 }
 
-IsaKernels kernels{"amx",         50,     nullptr, loops_to_float<V>, loops_quantize<V>, amx_int8, amx_float,
-                   TI4_SHARED(V), nullptr};
+IsaKernels kernels{"amx", 50, nullptr, loops_to_float<V>, loops_quantize<V>, amx_int8, amx_float, TI4_SHARED(V)};
 
 }  // namespace
 }  // namespace torch_int4
 
 #pragma GCC pop_options
 
-TI4_REGISTER(cpu.amx_int8&& cpu.amx_bf16)
+namespace torch_int4 {
+namespace {
+
+// Flags of the tiles, of their int8 and of their bfloat16 products.
+bool has_amx() {
+  using namespace x86;
+  return has_avx512_vnni() && saves(kTiles) && cpuid(7, 0, kEdx, 24) && cpuid(7, 0, kEdx, 25) &&
+         cpuid(7, 0, kEdx, 22) && request(kTileData);
+}
+
+constexpr Probes kProbes{kTilesInt8, kTilesBf16, kFma512, {}, nullptr};
+
+}  // namespace
+}  // namespace torch_int4
+
+TI4_REGISTER(has_amx(), &kProbes)
+#endif

@@ -5,7 +5,10 @@
 #include "kernels/attention_kernel.h"
 #include "kernels/kernel.h"
 #include "kernels/scalar.h"
-#include "kernels/simd.h"
+#include "kernels/simd_x86.h"
+
+#ifdef TI4_X86
+#include "kernels/probes/x86.h"
 
 #pragma GCC push_options
 TI4_TARGET("avx2,fma,f16c")
@@ -125,4 +128,14 @@ IsaKernels kernels = TI4_KERNELS("avx2", 10, Avx2);
 
 #pragma GCC pop_options
 
-TI4_REGISTER(cpu.avx2)
+namespace torch_int4 {
+namespace {
+
+constexpr Probes kProbes{
+    kMaddubsAdd16_256, kFma256, kFma256, {kMaddubsMadd256, kMaddubsAdd16Only256, kIssue}, read_256};
+
+}  // namespace
+}  // namespace torch_int4
+
+TI4_REGISTER(x86::has_avx2(), &kProbes)
+#endif

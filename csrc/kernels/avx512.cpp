@@ -3,7 +3,10 @@
 #include "kernels/attention_kernel.h"
 #include "kernels/kernel.h"
 #include "kernels/scalar.h"
-#include "kernels/simd.h"
+#include "kernels/simd_x86.h"
+
+#ifdef TI4_X86
+#include "kernels/probes/x86.h"
 
 #pragma GCC push_options
 TI4_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
@@ -119,4 +122,13 @@ IsaKernels kernels = TI4_KERNELS("avx512", 30, Avx512);
 
 #pragma GCC pop_options
 
-TI4_REGISTER(cpu.avx512)
+namespace torch_int4 {
+namespace {
+
+constexpr Probes kProbes{kMaddubsAdd16_512, kFma512, kFma512, {kMaddubsMadd512, kMaddubsAdd16Only512}, nullptr};
+
+}  // namespace
+}  // namespace torch_int4
+
+TI4_REGISTER(x86::has_avx512(), &kProbes)
+#endif

@@ -3,7 +3,10 @@
 #include "kernels/attention_kernel.h"
 #include "kernels/kernel.h"
 #include "kernels/scalar.h"
-#include "kernels/simd.h"
+#include "kernels/simd_x86.h"
+
+#ifdef TI4_X86
+#include "kernels/probes/x86.h"
 
 #pragma GCC push_options
 TI4_TARGET("avx2,fma,f16c,avxvnni")
@@ -77,4 +80,13 @@ IsaKernels kernels = TI4_KERNELS("avx_vnni", 20, AvxVnni);
 
 #pragma GCC pop_options
 
-TI4_REGISTER(cpu.avx_vnni)
+namespace torch_int4 {
+namespace {
+
+constexpr Probes kProbes{kDpbusd256, kFma256, kFma256, {}, nullptr};
+
+}  // namespace
+}  // namespace torch_int4
+
+TI4_REGISTER(x86::has_avx2() && x86::cpuid(7, 1, x86::kEax, 4), &kProbes)
+#endif

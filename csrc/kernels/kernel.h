@@ -100,16 +100,13 @@ struct RowNorm {
 };
 
 struct AttentionTile;  // attention_kernel.h
-
-struct CpuFeatures {
-  bool avx2, avx_vnni, avx512, avx512_vnni, avx512_bf16, amx_tile, amx_int8, amx_bf16;
-};
+struct Probes;         // probe.h
 
 // One per file in kernels/. `rank` orders them: the supported one with the highest rank is the default.
 struct IsaKernels {
   const char* name;
   int rank;
-  bool (*supported)(const CpuFeatures&);
+  bool (*supported)();  // by the processor and the operating system; asked once
   void (*to_float)(const void* source, DType dtype, int64_t count, float* target);
   // Quantizes one row of `count` floats (a multiple of kSlab) into row `row` of `rows`; terms = 2 also writes the
   // residual, as a second int8 row with a 254 times finer scale, to row + 1.
@@ -130,7 +127,8 @@ struct IsaKernels {
   void (*normalize)(const float* x, int64_t count, const RowNorm& norm, float* y);
   // gate = activation(gate) * up, both rounded to `dtype`, which is that of gate and up; up may be null, as ones are.
   void (*gate)(float* gate, const float* up, int64_t count, Activation activation, DType dtype);
-  IsaKernels* next;
+  const Probes* probes = nullptr;  // what its instructions can do at most; null where nothing measures it
+  IsaKernels* next = nullptr;
 };
 
 // Adds a kernel set to the list that dispatch.cpp searches; called by static initialisers, one per kernel file.

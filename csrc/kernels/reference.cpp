@@ -1,4 +1,4 @@
-// The scalar kernel: the oracle for every other one, and the fallback for a processor without AVX2.
+// The scalar kernel: the oracle for every other one, and the fallback where no other one runs.
 #include <math.h>
 
 #include "kernels/kernel.h"
@@ -122,10 +122,10 @@ void linear_float(const PackedWeight& w, const FloatRows& a, int64_t first, int6
                   [&](int64_t row, int64_t panel, int lane) { return dot_float(w, a, row, panel, lane, bf16); });
 }
 
-bool supported(const CpuFeatures&) { return true; }
+bool supported() { return true; }
 
 IsaKernels kernels{"reference", 0,      supported, to_float, quantize,  linear_int8, linear_float,
-                   from_float,  rotate, attend,    attend,   normalize, gate,        nullptr};
+                   from_float,  rotate, attend,    attend,   normalize, gate};
 [[maybe_unused]] const bool registered = register_kernels(&kernels);
 
 }  // namespace

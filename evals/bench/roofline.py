@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from torch_int4 import ops
 from torch_int4.errors import Int4Error
 from torch_int4.tuning.bandwidth import SIZE, USUAL, ReadBuffer
 
@@ -18,16 +19,6 @@ PAGES = ("2 MiB", "4 KiB")
 VARIANTS = tuple((streams, prefetch) for streams in (1, 2, 4, 8) for prefetch in (0, 1024, 4096))  # bytes ahead
 ISSUE = "issue"  # the probe whose operations are instructions
 _PROBE_SECONDS = 0.001  # short, so that some samples are undisturbed on a busy machine
-
-# The limit of each kernel set: of products of 4-bit weights in int8, in bf16, and in fp32.
-ISA_PROBES = {
-    "avx2": ("maddubs_add16_256", "fma_256", "fma_256"),
-    "avx_vnni": ("dpbusd_256", "fma_256", "fma_256"),
-    "avx512": ("maddubs_add16_512", "fma_512", "fma_512"),
-    "avx512_vnni": ("dpbusd_512", "fma_512", "fma_512"),
-    "amx": ("tiles_int8", "tiles_bf16", "fma_512"),
-}
-_COLUMN = {"int8": 0, "int8x2": 0, "bf16": 1, "fp32": 2}
 
 
 @dataclass(frozen=True)
@@ -56,10 +47,13 @@ class Roofline:
         """Measures every limit `repeats` times, and the peaks, whose samples are shorter, more often.
 
         Raises:
-            Int4Error: on a processor without AVX2, which no probe runs on.
+            Int4Error: on a processor whose kernel sets have no probes, as one without AVX2.
         """
         if not probe_names():
-            raise Int4Error("the bench measures vector kernels, and this processor has no AVX2 and FMA")
+            raise Int4Error(
+                "the bench measures vector kernels against probes, and none of the kernel sets that run here "
+                f"({', '.join(ops.isas())}) has any: on x86-64 they need AVX2 and FMA"
+            )
         buffers = {pages: ReadBuffer(self.size, huge=pages == PAGES[0]) for pages in PAGES}
         for _ in range(repeats):
             for pages, buffer in buffers.items():
@@ -74,7 +68,8 @@ class Roofline:
 
     def refresh(self, isa: str) -> None:
         """One more sample of the peaks of a kernel set."""
-        for name in sorted(set(ISA_PROBES.get(isa, ())) & set(self.peaks)):
+        roofs = {roof_name(isa, compute) for compute in ("int8", "bf16", "fp32")}
+        for name in sorted(roofs & set(self.peaks)):
             self._note_peak(name)
 
     def read_now(self) -> float:
@@ -100,9 +95,7 @@ class Roofline:
 
     def peak(self, isa: str, compute: str) -> Limit | None:
         """Operations in a second; None for a kernel set whose instructions no probe measures here."""
-        if isa not in ISA_PROBES:
-            return None
-        name = ISA_PROBES[isa][_COLUMN[compute]]
+        name = roof_name(isa, compute)
         if name not in self.peaks:
             return None
         terms = 2 if compute == "int8x2" else 1  # two int8 products for one
@@ -123,5 +116,18 @@ class Roofline:
 
 
 def probe_names() -> list[str]:
-    """Names of the arithmetic probes that this processor runs."""
+    """Names of the arithmetic probes that this processor runs, of all its kernel sets."""
     return [name for name in torch.ops.torch_int4.probe_names().split(",") if name]
+
+
+def roof_name(isa: str, compute: str) -> str:
+    """Name of the probe that bounds products of 4-bit weights by a kernel set, whether or not it runs here.
+
+    Args:
+        isa: a kernel set by name.
+        compute: as in `Int4Config`; a product in int8x2 is two in int8.
+
+    Returns:
+        "" for a set that was not built or that has no probes.
+    """
+    return str(torch.ops.torch_int4.probe_roof(isa, "int8" if compute == "int8x2" else compute))

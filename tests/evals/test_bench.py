@@ -23,7 +23,8 @@ needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is 
 
 def some_roofline() -> roofline.Roofline:
     """Limits of an imaginary machine: 10 GB/s, and 100 billion a second of everything else."""
-    peaks = {name: 1e11 for pair in (*roofline.ISA_PROBES.values(), (roofline.ISSUE,)) for name in pair}
+    roofs = (roofline.roof_name(isa, compute) for isa in ops.isas(only_supported=False) for compute in points.COMPUTE)
+    peaks = dict.fromkeys(filter(None, [*roofs, roofline.ISSUE]), 1e11)
     return roofline.Roofline(read={"2 MiB": (1e10, 4, 0), "4 KiB": (5e9, 1, 0)}, peaks=peaks, huge_granted=1.0)
 
 
@@ -233,7 +234,7 @@ def test_probes_measure_something() -> None:
     for isa in ops.isas():
         limits.refresh(isa)
         integer = limits.peak(isa, "int8")
-        assert (integer is None) == (isa not in roofline.ISA_PROBES)
+        assert (integer is None) == (isa == "reference")
     assert 0 < limits.read_now() <= limits.bandwidth().per_second or limits.read["2 MiB"] < limits.read["4 KiB"]
     assert limits.bandwidth().per_second == max(speed for speed, *_ in limits.read.values())
     assert 0 < limits.issue_now() <= limits.peaks[roofline.ISSUE]
@@ -243,6 +244,8 @@ def test_probes_measure_something() -> None:
 def test_probes_reject_what_they_cannot_run() -> None:
     with pytest.raises(RuntimeError, match="no probe 'nothing'"):
         torch.ops.torch_int4.probe_compute("nothing", 1)
+    with pytest.raises(RuntimeError, match="compute must be int8, bf16 or fp32, not 'int4'"):
+        torch.ops.torch_int4.probe_roof("avx2", "int4")
     with pytest.raises(RuntimeError, match="iterations"):
         torch.ops.torch_int4.probe_compute("fma_256", 0)
     with pytest.raises(RuntimeError, match="multiple"):

@@ -4,49 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import shutil
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
+from native_programs import FLAGS, ROOT, build, find_compiler, passes
 
-ROOT = Path(__file__).resolve().parents[2]
-FLAGS = [
-    f"-I{ROOT / 'csrc'}",
-    "-std=c++17",
-    "-ffp-contract=off",
-    "-Wall",
-    "-Wextra",
-    "-Werror",
-    "-Wno-psabi",
-    "-Wno-maybe-uninitialized",
-]
-PROGRAMS = ("kernels_main", "attention_main")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-
-
-def build(folder: Path, *flags: str) -> list[Path]:
-    """Compiles PROGRAMS of tests/native/ with the framework and the kernels of csrc/."""
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    csrc = ROOT / "csrc"
-    sources = [
-        *(ROOT / f"tests/native/{name}.cpp" for name in PROGRAMS),
-        *(csrc / f"framework/{n}.cpp" for n in ("attention", "codebooks", "dispatch", "linear", "pack", "rotary")),
-    ]
-    sources += sorted((csrc / "kernels").glob("*.cpp"))
-    objects = [(source, folder / f"{source.stem}.o") for source in sources]
-    jobs = [
-        subprocess.Popen([compiler, *FLAGS, *flags, "-c", str(source), "-o", str(target)]) for source, target in objects
-    ]
-    assert all(job.wait() == 0 for job in jobs)
-    shared = [str(target) for source, target in objects if source.stem not in PROGRAMS]
-    for name in PROGRAMS:
-        command = [compiler, *flags, str(folder / f"{name}.o"), *shared, "-o", str(folder / name)]
-        subprocess.run(command, check=True)
-    return [folder / name for name in PROGRAMS]
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +19,6 @@ def optimised(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The programs as processors run them; static where an emulator is to run them, too."""
     static = ["-static"] if os.environ.get("TORCH_INT4_EMULATOR") else []
     return build(tmp_path_factory.mktemp("native"), "-O2", *static)
-
-
-def passes(program: Path, *arguments: str) -> None:
-    result = subprocess.run([str(program), *arguments], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert " 0 failed" in result.stdout
 
 
 def test_guard_pages_and_reference(optimised: list[Path]) -> None:
@@ -100,12 +59,11 @@ def test_every_kernel_set_on_emulated_instructions(tmp_path: Path, flags: tuple[
 
 
 def test_emulated_tiles_multiply_and_fault_as_the_processor_does(tmp_path: Path) -> None:
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no C++ compiler")
     program = str(tmp_path / "amx_main")
     source = ROOT / "tests/native/amx_main.cpp"
-    subprocess.run([compiler, *FLAGS, "-O1", *SANITIZE, f"-I{source.parent}", str(source), "-o", program], check=True)
+    subprocess.run(
+        [find_compiler(), *FLAGS, "-O1", *SANITIZE, f"-I{source.parent}", str(source), "-o", program], check=True
+    )
     subprocess.run([program], check=True)
     rules = subprocess.run([program, "--rules"], capture_output=True, text=True, check=True).stdout.splitlines()
     assert "configured" in rules

@@ -2,111 +2,20 @@
 // So neither keys nor values are transposed, and the softmax of a row stays in its lane. A tile of keys and values is
 // converted to float once for all rows. Part of loops/attention.h.
 #pragma once
+#include "kernels/loops/many_operands.h"
 
 namespace torch_int4 {
 namespace {
 
 template <class V, CacheType C>
-struct AttendMany {
-  using F = typename V::F;
-  using S = Softmax<V>;
-  using Cache = CacheLoads<V, C>;
+struct AttendMany : ManyOperands<V, C> {
+  using Base = ManyOperands<V, C>;
+  using Base::kRows;
+  using typename Base::F;
+  using typename Base::Group;
+  using typename Base::Memory;
+  using typename Base::S;
   static constexpr int P = V::kTilePanels, M = V::kTileKeys;
-  static constexpr int kRows = P * kLanes;  // rows of a group
-  static_assert(kRows <= 4 * kLanes, "many_scratch() counts on it");
-
-  // Scratch of a call. Layouts: queries [group][dim][row], sums [group][value_dim][row], keys [dim / 16][key][16],
-  // values [key][value_dim], scores and bias [key][row].
-  struct Memory {
-    float *queries, *sums, *keys, *values, *scores, *bias, *largest, *total, *first, *last, *slope;
-
-    explicit Memory(const AttentionTile& t) {
-      const int64_t dim = padded_lanes(t.dim), value_dim = padded_lanes(t.value_dim);
-      float* p = t.scratch;
-      const auto take = [&](int64_t count) { return p += count, p - count; };
-      queries = take(kManyRows * dim);
-      sums = take(kManyRows * value_dim);
-      keys = take(kKeyTile * dim);
-      values = take(kKeyTile * value_dim);
-      scores = take(kKeyTile * kRows);
-      bias = take(kKeyTile * kRows);
-      largest = take(kManyRows);
-      total = take(kManyRows);
-      first = take(kManyRows);
-      last = take(kManyRows);
-      slope = take(kManyRows);
-    }
-  };
-
-  // The rows of a group and the keys that they see.
-  struct Group {
-    int begin, rows;
-    int64_t first, last;          // any of them
-    int64_t all_first, all_last;  // every one of them
-    bool slopes;
-  };
-
-  static Group group_rows(const AttentionTile& t, int begin) {
-    Group g{begin, int(smaller(kRows, t.rows - begin)), t.end, t.begin, t.begin, t.end, false};
-    for (int r = begin; r < begin + g.rows; ++r) {
-      const AttentionRow& row = t.row[r];
-      if (row.first < g.first) g.first = row.first;
-      if (row.last > g.last) g.last = row.last;
-      if (row.first > g.all_first) g.all_first = row.first;
-      if (row.last < g.all_last) g.all_last = row.last;
-      g.slopes |= row.slope != 0;
-    }
-    return g;
-  }
-
-  // Lanes without a row copy the last row: they cost nothing and hide nothing.
-  static void pack_rows(const AttentionTile& t, const Memory& m) {
-    const int64_t dim = padded_lanes(t.dim);
-    for (int begin = 0; begin < t.rows; begin += kRows) {
-      float* target = m.queries + begin * dim;
-      for (int lane = 0; lane < kRows; ++lane) {
-        const int r = int(smaller(begin + lane, t.rows - 1));
-        const float* query = t.query + r * dim;
-        for (int64_t d = 0; d < dim; ++d) target[d * kRows + lane] = query[d];
-        m.first[begin + lane] = float(t.row[r].first);
-        m.last[begin + lane] = float(t.row[r].last);
-        m.slope[begin + lane] = t.row[r].slope;
-        m.largest[begin + lane] = kMinusInfinity;
-        m.total[begin + lane] = 0;
-      }
-      memset(m.sums + begin * padded_lanes(t.value_dim), 0, size_t(kRows * padded_lanes(t.value_dim)) * sizeof(float));
-    }
-  }
-
-  static void load_keys(const AttentionTile& t, int64_t begin, int64_t count, float* target) {
-    const char* key = static_cast<const char*>(t.keys) + begin * t.key_stride * Cache::kBytes;
-    for (int64_t i = 0; i < count; ++i, key += t.key_stride * Cache::kBytes) {
-      const F scale = V::set(t.key_scales ? t.key_scales[begin + i] : 1.f);
-      for (int64_t d = 0; d < t.dim; d += kLanes) {
-        const char* p = key + d * Cache::kBytes;
-        F x = d + kLanes <= t.dim ? Cache::load(p) : Cache::load_part(p, t.dim - d);
-        if constexpr (C == CacheType::kInt8) x = V::mul(x, scale);
-        V::store(target + d * kKeyTile + i * kLanes, x);
-      }
-    }
-  }
-
-  // Returns whether all of them are finite.
-  static bool load_values(const AttentionTile& t, int64_t begin, int64_t count, float* target) {
-    const char* value = static_cast<const char*>(t.values) + begin * t.value_stride * Cache::kBytes;
-    F check = V::zero();
-    for (int64_t i = 0; i < count; ++i, value += t.value_stride * Cache::kBytes) {
-      const F scale = V::set(t.value_scales ? t.value_scales[begin + i] : 1.f);
-      for (int64_t d = 0; d < t.value_dim; d += kLanes, target += kLanes) {
-        const char* p = value + d * Cache::kBytes;
-        F x = d + kLanes <= t.value_dim ? Cache::load(p) : Cache::load_part(p, t.value_dim - d);
-        if constexpr (C == CacheType::kInt8) x = V::mul(x, scale);
-        check = V::fmadd(x, V::zero(), check);
-        V::store(target, x);
-      }
-    }
-    return S::reduce(check, false) == 0.f;
-  }
 
   template <int K>
   static TI4_INLINE void score_tile(const float* query, const float* keys, int64_t dim, float* scores) {
@@ -247,7 +156,7 @@ struct AttendMany {
     const int64_t keys = smaller(kKeyTile, t.end - begin);
     bool loaded = false, finite = false;
     for (int row = 0; row < t.rows; row += kRows) {
-      const Group g = group_rows(t, row);
+      const Group g = Base::group_rows(t, row);
       const int64_t count = smaller(keys, g.last - begin);
       if (count <= 0 || g.first >= begin + count) continue;
       bool biased = false;
@@ -257,8 +166,8 @@ struct AttendMany {
         biased = effect == kShowsSome;
       }
       if (!loaded) {
-        load_keys(t, begin, keys, m.keys);
-        finite = load_values(t, begin, keys, m.values);
+        Base::load_keys(t, begin, keys, m.keys);
+        finite = Base::load_values(t, begin, keys, m.values);
         loaded = true;
       }
       score(m.queries + row * dim, m.keys, count, dim, m.scores);
@@ -271,10 +180,10 @@ struct AttendMany {
 
   static void run(const AttentionTile& t) {
     const Memory m(t);
-    pack_rows(t, m);
+    Base::pack_rows(t, m);
     int64_t first = t.end, last = t.begin;
     for (int row = 0; row < t.rows; row += kRows) {
-      const Group g = group_rows(t, row);
+      const Group g = Base::group_rows(t, row);
       if (g.first < first) first = g.first;
       if (g.last > last) last = g.last;
     }

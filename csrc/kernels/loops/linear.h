@@ -17,18 +17,20 @@ namespace {
 
 // The table of a kernel file whose vectors are V, and its registration; the latter stands outside the target region,
 // because it runs on every processor.
-#define TI4_KERNELS(name, rank, V)                                                                                    \
-  {name,          rank,   nullptr, loops_to_float<V>, loops_quantize<V>, loops_linear_int8<V>, loops_linear_float<V>, \
-   TI4_SHARED(V), nullptr}
+#define TI4_KERNELS(name, rank, V)                                                                                 \
+  {name,         rank, nullptr, loops_to_float<V>, loops_quantize<V>, loops_linear_int8<V>, loops_linear_float<V>, \
+   TI4_SHARED(V)}
 // The part of the table that no instruction set has its own version of.
 #define TI4_SHARED(V) \
   loops_from_float<V>, loops_rotate<V>, loops_attend_few<V>, loops_attend_many<V>, loops_normalize<V>, loops_gate<V>
-#define TI4_REGISTER(condition)                                                                         \
-  namespace torch_int4 {                                                                                \
-  namespace {                                                                                           \
-  bool supported(const CpuFeatures& cpu) { return condition; }                                          \
-  [[maybe_unused]] const bool registered = (kernels.supported = supported, register_kernels(&kernels)); \
-  }                                                                                                     \
+// `condition` says whether the set runs here; `roofs` points to its Probes, or is null.
+#define TI4_REGISTER(condition, roofs)                                                     \
+  namespace torch_int4 {                                                                   \
+  namespace {                                                                              \
+  bool supported() { return condition; }                                                   \
+  [[maybe_unused]] const bool registered =                                                 \
+      (kernels.supported = supported, kernels.probes = roofs, register_kernels(&kernels)); \
+  }                                                                                        \
   }
 
 template <class V, WeightType T, Offset O>

@@ -1,0 +1,25 @@
+// What a kernel set's instructions can do at most: loops that the bench measures beside the operators, and holds them
+// against. Included by kernels: no ATen, no STL.
+#pragma once
+#include <stdint.h>
+
+namespace torch_int4 {
+
+struct Probe {
+  const char* name;  // in two kernel sets the same for the same loop, which is measured once
+  void (*run)(int64_t iterations);
+  int operations;  // of one iteration: multiplications and additions; of the probe "issue", instructions
+};
+
+struct Probes {
+  // What bounds products of 4-bit weights in int8, in bfloat16, and in float.
+  Probe int8, bf16, fp32;
+  // What else is worth knowing, up to the first one without a name. The lowest vector set of an architecture has "issue":
+  // instructions that need no unit, whose rate halves on a core that another thread shares.
+  Probe others[4];
+  // Reads [p, p + bytes) as `streams` sequences far apart, `prefetch` bytes ahead (0: not at all); bytes is a multiple
+  // of 256 * streams. Null where a lower set of the architecture reads as fast.
+  void (*read)(const char* p, int64_t bytes, int64_t streams, int64_t prefetch);
+};
+
+}  // namespace torch_int4
