@@ -1,7 +1,8 @@
-# make demo    set everything up in .venv and run SmolLM2 in float and in INT4
-# make test    the whole test suite          ARGS="-k linear -x" goes to pytest
-# make lint    ruff, mypy, clang-format      make format mends what can be mended
-# make install the package alone             make clean removes builds, make distclean also .venv
+# make demo       set everything up in .venv and run SmolLM2 in float and in INT4
+# make test       the whole test suite           ARGS="-k linear -x" goes to pytest
+# make test-fast  all but its slow tests: under three minutes on two cores
+# make lint       ruff, mypy, order of rooms, clang-format; make format mends what can be mended
+# make install    the package alone              make clean removes builds, make distclean also .venv
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=/some/folder the environment, CXX=clang++ the compiler.
 #
@@ -39,6 +40,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PATH="$(abspath $(BIN)):$$PATH" .ci/typecheck
+	PATH="$(abspath $(BIN)):$$PATH" .ci/imports
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: $(VENV)/.dev
