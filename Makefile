@@ -55,7 +55,8 @@ clean:
 distclean: clean
 	rm -rf $(VENV)
 
-# Each file below records that a step is done, and is older than the files which ask for the step again.
+# Each file below records that a step is done, and is older than the files which ask for the step again. Python's own pip
+# may know neither groups nor --only-deps, so it is replaced first.
 
 $(VENV)/.created:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.10 or newer, or run make PYTHON=…"; exit 1; } >&2
@@ -68,7 +69,7 @@ $(VENV)/.created:
 	@command -v "$${CXX:-c++}" >/dev/null || \
 	  { echo "no C++ compiler ($${CXX:-c++}): install g++ 9 or newer (Debian: g++), or run make CXX=…"; exit 1; } >&2
 	$(PYTHON) -m venv $(VENV)
-	$(PINNED) pip # a pip that knows dependency groups
+	$(PINNED) pip
 	@touch $@
 
 # torch comes first and pinned, so that nothing installed later chooses another (and a much larger) one.
