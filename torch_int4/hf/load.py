@@ -10,7 +10,7 @@ from typing import Any
 
 from torch_int4.config import OF_RUNNING, Int4Config, is_group_size
 from torch_int4.errors import Int4Error
-from torch_int4.formats.parts.files import open_checkpoint
+from torch_int4.formats.parts.files import open_checkpoint, read_quantization_file
 
 OF_FETCHING = ("trust_remote_code", "revision", "subfolder", "token", "cache_dir", "local_files_only", "code_revision")
 
@@ -76,11 +76,16 @@ def _check_files(name_or_path: str | os.PathLike[str], options: Mapping[str, Any
 
 
 def load_config(name_or_path: str | os.PathLike[str], options: Mapping[str, Any]) -> Any:
-    """The config of a model, found by those of `options` that say where."""
+    """The config of a model, found by those of `options` that say where; older tools' quantization files included."""
     from transformers import AutoConfig
 
     given = {key: options[key] for key in OF_FETCHING if key in options}
-    return AutoConfig.from_pretrained(name_or_path, **{"trust_remote_code": False, **given})
+    model_config = AutoConfig.from_pretrained(name_or_path, **{"trust_remote_code": False, **given})
+    if quantization_of(model_config) is None:
+        found = read_quantization_file(os.path.join(name_or_path, options.get("subfolder") or ""))
+        if found is not None:
+            model_config.quantization_config = found
+    return model_config
 
 
 def quantization_of(model_config: Any) -> dict[str, Any] | None:

@@ -12,9 +12,9 @@ from transformers.quantizers.base import HfQuantizer
 from torch_int4.checkpoint.stored import Stored
 from torch_int4.config import OF_RUNNING, Int4Config
 from torch_int4.errors import Int4Error
+from torch_int4.formats.parts.files import Checkpoint
 from torch_int4.hf._fill import Plan, fill, plan_quantization, plan_reading
 from torch_int4.hf._keys import Names
-from torch_int4.hf._source import Source
 from torch_int4.nn.linear import Int4Linear
 from torch_int4.patching.loading import leave_floats, leave_hooked
 from torch_int4.patching.patcher import patch
@@ -70,9 +70,9 @@ class Int4Quantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
         """Takes the linears that are read here out of transformers' hands, before it looks for their weights."""
         files, self._files = self._files, None
-        if files is not None and Source.serves(files):
+        if files is not None and Checkpoint.serves(files):
             self._names = Names(model, weight_conversions)
-            source = Source(files)
+            source = Checkpoint(files)
             if self.stored is not None:
                 form, settings, config = self.stored.form, self.stored.settings, self.quantization_config
                 self._plan = plan_reading(model, form, settings, source, self._names, config)

@@ -5,20 +5,22 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
+import glob
 import os
+import secrets
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock
+
 from torch_int4.errors import Int4Error
 
-_LOCK = ".torch_int4.lock"
 _PARTIAL = ".partial-"
-_JUST_MADE = 600  # seconds
-_LONG_AGO = 24 * 3600
+_LONG_AGO = 24 * 3600  # seconds
+_LOCK, _ASIDE = ".lock", ".old"  # follow the name of the new folder, beside it
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 _HERE = -100  # AT_FDCWD
 
@@ -38,23 +40,28 @@ def replaced_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     final = Path(os.path.realpath(Path(target).expanduser()))
     if final.exists() and not final.is_dir():
         raise Int4Error(f"{final}: is a file; give a folder to save into")
+    partial = final.with_name(f"{_prefix(final)}{secrets.token_hex(8)}")
+    lock = _lock_of(partial)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         _sweep(final)
-        partial = Path(tempfile.mkdtemp(prefix=_prefix(final), dir=final.parent))
-        os.chmod(partial, _mode(final))
+        with contextlib.suppress(OSError, NotImplementedError):  # network file systems without locks: nothing is swept
+            lock.acquire()
+        partial.mkdir()
+        if final.is_dir():
+            partial.chmod(final.stat().st_mode & 0o7777)
     except OSError as error:
+        _remove(final, partial, lock)
         raise Int4Error(f"{final}: cannot be written ({error})") from error
     try:
-        with _locked(partial):
-            yield partial
-            _carry_over(final, partial)
-            _flush(partial)
-            _publish(partial, final)
+        yield partial
+        _carry_over(final, partial)
+        _flush(partial)
+        _publish(partial, final)
     except OSError as error:
         raise Int4Error(f"{final}: cannot be written ({error}); what was there is unchanged") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(final, partial, lock)
 
 
 @contextlib.contextmanager
@@ -101,56 +108,43 @@ def put_in_place(partial: Path, final: Path) -> None:
     os.replace(partial, final)
 
 
-def _prefix(final: Path) -> str:
-    return f".{final.name}.saving-"
-
-
-def _mode(final: Path) -> int:
-    """What a folder made here by mkdir would get; mkdtemp's are for the owner alone."""
-    if final.is_dir():
-        return final.stat().st_mode & 0o7777
-    return 0o777 & ~_mask()
-
-
 def _mask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock, by which others see that somebody still writes here; the system drops it with the process."""
-    lock = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems have no locks: then nothing is swept either
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
+def _prefix(final: Path) -> str:
+    return f".{final.name}.saving-"
+
+
+def _lock_of(partial: Path) -> FileLock:
+    """Held while somebody writes to that folder; the system drops it with the process."""
+    return FileLock(f"{partial}{_LOCK}")
+
+
+def _remove(final: Path, partial: Path, lock: FileLock) -> None:
+    """Remove what a save made besides its target; where it got stuck between two renames, the old target comes back."""
+    aside = Path(f"{partial}{_ASIDE}")
+    with contextlib.suppress(OSError):  # if it cannot come back, it stays until the next save
+        if aside.is_dir() and not final.exists():
+            os.rename(aside, final)
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        os.unlink(lock.lock_file)
+    lock.release()
 
 
 def _sweep(final: Path) -> None:
     """Remove what killed processes left behind."""
-    for left in final.parent.glob(f"{_glob_escape(_prefix(final))}*"):
+    for left in final.parent.glob(f"{glob.escape(_prefix(final))}*{_LOCK}"):
+        partial = left.with_suffix("")
+        lock = _lock_of(partial)
         try:
-            lock = os.open(left / _LOCK, os.O_RDWR)
-        except OSError:  # a folder that was swapped out, or one that is just being made
-            if time.time() - left.stat().st_ctime > _JUST_MADE:
-                shutil.rmtree(left, ignore_errors=True)
+            lock.acquire(timeout=0)
+        except (OSError, NotImplementedError):  # somebody writes there, or there are no locks
             continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            continue
-        else:
-            shutil.rmtree(left, ignore_errors=True)
-        finally:
-            os.close(lock)
-
-
-def _glob_escape(text: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in text)
+        _remove(final, partial, lock)
 
 
 def _carry_over(final: Path, partial: Path) -> None:
@@ -169,7 +163,7 @@ def _carry_over(final: Path, partial: Path) -> None:
 def _is_weights(name: str) -> bool:
     stem = name.split(".")[0]
     weights = stem in ("model", "pytorch_model") or stem.startswith(("model-", "pytorch_model-"))
-    return name == _LOCK or (weights and name.endswith((".safetensors", ".index.json", ".bin")))
+    return weights and name.endswith((".safetensors", ".index.json", ".bin"))
 
 
 def _link_or_copy(old: str, new: str) -> None:
@@ -200,7 +194,6 @@ def _flush_one(path: str | os.PathLike[str]) -> None:
 
 
 def _publish(partial: Path, final: Path) -> None:
-    (partial / _LOCK).unlink()
     try:
         os.rename(partial, final)  # also onto an empty folder
     except OSError as error:
@@ -208,7 +201,11 @@ def _publish(partial: Path, final: Path) -> None:
             raise
         if not _exchange(partial, final):
             _swap_in_steps(partial, final)
-    _flush_one(final.parent)
+    flush = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(flush)
+    finally:
+        os.close(flush)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -223,11 +220,10 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _swap_in_steps(partial: Path, final: Path) -> None:
-    aside = Path(tempfile.mkdtemp(prefix=_prefix(final), dir=final.parent))
+    aside = f"{partial}{_ASIDE}"
     os.rename(final, aside)
     try:
         os.rename(partial, final)
     except OSError:
         os.rename(aside, final)
         raise
-    shutil.rmtree(aside, ignore_errors=True)

@@ -1,59 +1,78 @@
-"""The door for a checkpoint's folder: config.json, index and shards, checked before use. Nothing is ever unpickled."""
+"""The door for a checkpoint's folder: index and shards, checked before use. Nothing is ever unpickled."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from torch_int4.errors import Int4Error
-from torch_int4.formats.parts.safetensors import Entry, SafetensorsFile, open_safetensors, parse_json, regular_file_size
+from torch_int4.formats.parts.safetensors import SafetensorsFile, open_safetensors, parse_json, regular_file_size
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_JSON = 64 << 20
-# where tools put the settings of a quantized model, besides config.json
-QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json")
+# where tools of before put the settings of a quantized model that are in config.json today, and their method
+QUANTIZATION_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "quantization_config.json": "gptq"}
 
 
 class Checkpoint:
-    """The tensors of a checkpoint, whatever its shards; made by `open_checkpoint`."""
+    """The tensors of several safetensors files by name, read one at a time and never mapped into memory.
 
-    def __init__(self, folder: Path, files: dict[str, SafetensorsFile], where: dict[str, str]) -> None:
-        self.folder, self.files, self._where = folder, files, where
+    Raises:
+        Int4Error: a file is damaged, or two of them hold a tensor of the same name.
+    """
+
+    def __init__(self, files: Sequence[str | os.PathLike[str]]) -> None:
+        self.files = [os.fspath(file) for file in files]
+        self._opened: dict[str, SafetensorsFile] = {}
+        self._file: dict[str, str] = {}
+        for file in self.files:
+            self._opened[file] = open_safetensors(file)
+            for key in self._opened[file].shapes:
+                if key in self._file:
+                    other = Path(self._file[key]).name
+                    raise Int4Error(f"{file}: {key}: is also in {other}, so the checkpoint is damaged")
+                self._file[key] = file
+
+    @staticmethod
+    def serves(files: Sequence[Any] | None) -> bool:
+        """Whether all files are safetensors files on this machine."""
+        return bool(files) and all(os.fspath(file).endswith(".safetensors") for file in files or ())
 
     def __contains__(self, key: object) -> bool:
-        return key in self._where
+        return key in self._file
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
+        return iter(self._file)
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._file)
 
     def file(self, key: str) -> str:
-        """The name of the file that holds a tensor."""
-        if key not in self._where:
-            raise Int4Error(f"{self.folder}: holds no tensor {key!r}")
-        return self._where[key]
+        """The file that holds a tensor."""
+        if key not in self._file:
+            raise Int4Error(f"{', '.join(self.files)}: no tensor {key!r} is there")
+        return self._file[key]
 
-    def entry(self, key: str) -> Entry:
-        """dtype, shape and place of a tensor, without reading it."""
-        return self.files[self.file(key)].entries[key]
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape that the header of the file states."""
+        return self._opened[self.file(key)].shapes[key]
 
     def read(self, key: str) -> Tensor:
-        """One tensor, on the CPU."""
-        return self.files[self.file(key)].read(key)
+        """One tensor, on the CPU, in memory of its own.
 
-    def metadata(self) -> dict[str, str]:
-        """The texts in the headers of all files."""
-        return {key: text for file in self.files.values() for key, text in file.metadata.items()}
+        Raises:
+            Int4Error: naming the tensor and its file.
+        """
+        return self._opened[self.file(key)].read(key)
 
     def close(self) -> None:
-        """Let go of all memory maps."""
-        for file in self.files.values():
+        """Let go of all files."""
+        for file in self._opened.values():
             file.close()
 
 
@@ -68,41 +87,18 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         raise Int4Error(f"{folder}: is not a folder; give the folder of a checkpoint (models are not downloaded here)")
     if (folder / INDEX).exists() or (folder / INDEX).is_symlink():
         return _open_sharded(folder)
-    name = _single_name(folder)
-    file = open_safetensors(folder / name)
-    return Checkpoint(folder, {name: file}, dict.fromkeys(file.entries, name))
+    return Checkpoint([folder / _single_name(folder)])
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """config.json as a table.
+def read_quantization_file(folder: str | Path) -> dict[str, Any] | None:
+    """How a checkpoint is quantized, from a file beside config.json as tools wrote it once; None without one.
 
     Raises:
-        Int4Error: it is missing or damaged.
+        Int4Error: the file is damaged.
     """
-    return read_json(Path(folder) / "config.json")
-
-
-def read_quantization_config(folder: str | Path) -> dict[str, Any] | None:
-    """How a checkpoint is quantized: from config.json, or from the file that older tools wrote; None for a float one.
-
-    Raises:
-        Int4Error: a file is damaged.
-    """
-    folder = Path(folder)
-    config = read_config(folder)
-    found = config.get("quantization_config")
-    text = config.get("text_config")
-    if found is None and isinstance(text, dict):
-        found = text.get("quantization_config")
-    if found is not None:
-        if not isinstance(found, dict):
-            raise Int4Error(f"config.json: quantization_config must be a table, got {type(found).__name__}")
-        return found
-    for name in QUANTIZATION_FILES:
-        if (folder / name).is_file():
-            table = read_json(folder / name)
-            table.setdefault("quant_method", "awq" if name == "quant_config.json" else "gptq")
-            return table
+    for name, method in QUANTIZATION_FILES.items():
+        if (Path(folder) / name).exists():
+            return {"quant_method": method, **read_json(Path(folder) / name)}
     return None
 
 
@@ -120,20 +116,13 @@ def _open_sharded(folder: Path) -> Checkpoint:
         raise Int4Error(f"{INDEX}: weight_map must be a table of tensors and files")
     for key, name in index.items():
         _check_shard_name(key, name)
-    files: dict[str, SafetensorsFile] = {}
-    for name in sorted(set(index.values())):
         if not (folder / name).exists():
-            missing = next(key for key, shard in index.items() if shard == name)
-            raise Int4Error(f"{name}: this shard is missing; it should hold {missing} and others ({folder})")
-        files[name] = open_safetensors(folder / name)
+            raise Int4Error(f"{name}: this shard is missing; it should hold {key} and others ({folder})")
+    found = Checkpoint([folder / name for name in sorted(set(index.values()))])
     for key, name in index.items():
-        if key not in files[name].entries:
+        if key not in found or found.file(key) != str(folder / name):
             raise Int4Error(f"{INDEX}: says that {name} holds {key}, but it does not")
-    for name, file in files.items():
-        for key in file.entries:
-            if index.get(key, name) != name:
-                raise Int4Error(f"{name}: {key}: is also in {index[key]}, where the index says that it is")
-    return Checkpoint(folder, files, dict(index))
+    return found
 
 
 def _check_shard_name(key: str, name: Any) -> None:

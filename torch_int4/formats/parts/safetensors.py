@@ -1,91 +1,80 @@
-"""The door for safetensors files: the header is checked before anything is allocated or handed to a loader.
+"""The door for safetensors files: everything a header can get wrong is found before a tensor is allocated.
 
-The file is 8 bytes with the length of a JSON header, the header, and the tensors' bytes without holes:
-    {"name": {"dtype": "F16", "shape": [2, 3], "data_offsets": [0, 12]}, ..., "__metadata__": {"key": "text"}}
+`safetensors.safe_open` checks what decides where bytes are read: the length of the header, its JSON, dtypes, shapes
+against offsets, overflows, overlaps, holes, and that tensors fill the file. Checked here is the rest: files that are
+none (opening a pipe would wait for ever), and tables that name a tensor or a field twice, or hold unknown fields, which
+the library reads in silence.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor
 
 from torch_int4.errors import Int4Error
 
-MAX_HEADER = 32 << 20  # 200,000 tensors with long names take less
-# bits per element
-DTYPES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
-    **dict.fromkeys(("I32", "U32", "F32"), 32),
-    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    "F4": 4,
-}
+_FIELDS = {"dtype", "shape", "data_offsets"}
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What a header says about one tensor; `begin` and `end` in bytes after the header."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-
-@dataclass
 class SafetensorsFile:
-    """A file whose header has been checked; tensors are read by the safetensors library, one at a time."""
+    """A file whose header has been checked; tensors are read by the safetensors library, one at a time.
+
+    Attributes:
+        path: where the file is.
+        shapes: what the header says of the tensors, by name.
+    """
 
     path: Path
-    entries: dict[str, Entry]
-    metadata: dict[str, str] = field(default_factory=dict)
-    _handle: Any = None
+    shapes: dict[str, tuple[int, ...]]
+    _handle: Any
 
     def read(self, key: str) -> Tensor:
-        """One tensor, on the CPU."""
-        if key not in self.entries:
-            raise Int4Error(f"{self.path.name}: has no tensor {key!r}")
-        if self._handle is None:
-            from safetensors import safe_open
+        """One tensor, on the CPU, in memory of its own.
 
-            self._handle = safe_open(str(self.path), framework="pt", device="cpu")
+        Raises:
+            Int4Error: naming the tensor and the file.
+        """
+        if key not in self.shapes:
+            raise Int4Error(f"{self.path.name}: has no tensor {key!r}")
         try:
             tensor: Tensor = self._handle.get_tensor(key)
-        except Exception as error:  # the library's own, and types that this torch does not have
-            raise Int4Error(f"{self.path.name}: {key}: cannot be read: {error}") from error
+        except Exception as error:  # the library's own, and whatever torch says of a type or size that it does not have
+            raise Int4Error(f"{self.path.name}: {key}: cannot be read ({error}); fetch the file again") from error
         return tensor
 
     def close(self) -> None:
-        """Let go of the memory map."""
-        self._handle = None
+        """Let go of the file."""
+        self._handle.__exit__(None, None, None)
 
 
 def open_safetensors(path: str | Path) -> SafetensorsFile:
     """Check a file's header.
 
     Raises:
-        Int4Error: naming the file, and the tensor where one is wrong.
+        Int4Error: naming the file, and the tensor where one is known to be wrong.
     """
     path = Path(path)
-    size = regular_file_size(path)
+    regular_file_size(path)
+    try:
+        # A mapped file would count towards the memory of the process with every page that is read.
+        handle = safe_open(path, framework="pt", backend="pread")
+    except Exception as error:  # the library's own, and the system's
+        raise Int4Error(
+            f"{path.name}: is cut off, damaged, or no safetensors file ({error}); fetch it again"
+        ) from error
     with path.open("rb") as stream:
-        prefix = stream.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length < 2 or length > size - 8:
-            raise Int4Error(f"{path.name}: is cut off, or no safetensors file: {size} bytes, header of {length}")
-        if length > MAX_HEADER:
-            raise Int4Error(f"{path.name}: its header of {length} bytes is longer than the {MAX_HEADER} accepted")
-        text = stream.read(length)
-    header = parse_json(text, path.name)
-    metadata = _check_metadata(header.pop("__metadata__", {}), path.name)
-    entries = {key: _check_entry(value, size - 8 - length, f"{path.name}: {key}") for key, value in header.items()}
-    _check_layout(entries, size - 8 - length, path.name)
-    return SafetensorsFile(path, entries, metadata)
+        header = parse_json(stream.read(int.from_bytes(stream.read(8), "little")), path.name)
+    header.pop("__metadata__", None)
+    for key, entry in header.items():
+        if set(entry) != _FIELDS:
+            raise Int4Error(f"{path.name}: {key}: needs exactly dtype, shape and data_offsets")
+    return SafetensorsFile(path, {key: tuple(entry["shape"]) for key, entry in header.items()}, handle)
 
 
 def regular_file_size(path: Path) -> int:
@@ -107,11 +96,11 @@ def parse_json(text: bytes, name: str) -> dict[str, Any]:
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) != len(pairs):
-            seen: set[str] = set()
-            double = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise Int4Error(f"{name}: holds {double!r} twice")
+        table: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in table:
+                raise Int4Error(f"{name}: holds {key!r:.80} twice")
+            table[key] = value
         return table
 
     def constant(word: str) -> float:
@@ -126,46 +115,3 @@ def parse_json(text: bytes, name: str) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise Int4Error(f"{name}: must hold a JSON table, got {type(table).__name__}")
     return table
-
-
-def _check_metadata(value: Any, name: str) -> dict[str, str]:
-    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
-        raise Int4Error(f"{name}: __metadata__ must be a table of texts")
-    return value
-
-
-def _check_entry(value: Any, available: int, where: str) -> Entry:
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise Int4Error(f"{where}: needs exactly dtype, shape and data_offsets")
-    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise Int4Error(f"{where}: has an unknown dtype {str(dtype)[:40]!r}")
-    if not isinstance(shape, list) or len(shape) > 16 or not all(_is_size(extent) for extent in shape):
-        raise Int4Error(f"{where}: its shape must be a list of at most 16 sizes")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
-        raise Int4Error(f"{where}: its data_offsets must be two positions")
-    begin, end = offsets
-    if begin > end or end > available:
-        raise Int4Error(f"{where}: lies at {begin}..{end}, and the file holds {available} bytes of tensors")
-    bits = DTYPES[dtype]
-    for extent in shape:
-        bits *= extent  # of any length in Python: a huge shape cannot wrap around
-    if bits != 8 * (end - begin):
-        raise Int4Error(f"{where}: {dtype} {shape} needs {bits // 8} bytes, and the file gives it {end - begin}")
-    return Entry(dtype, tuple(shape), begin, end)
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
-
-
-def _check_layout(entries: dict[str, Entry], available: int, name: str) -> None:
-    position, before = 0, "the header"
-    for key, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if entry.begin < position:
-            raise Int4Error(f"{name}: {key}: overlaps {before} (it begins at {entry.begin}, before {position})")
-        if entry.begin > position:
-            raise Int4Error(f"{name}: {key}: there is a hole of {entry.begin - position} bytes before it")
-        position, before = entry.end, key
-    if position != available:
-        raise Int4Error(f"{name}: holds {available} bytes of tensors, and its header describes {position}")
