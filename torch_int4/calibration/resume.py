@@ -19,7 +19,7 @@ from torch_int4.errors import Int4Error
 from torch_int4.weights.canonical import Int4Weight
 
 TENSORS = ("codes", "scales", "zeros", "offsets", "perm")
-FORMAT = 1  # raise it when what is saved, or how it is computed, changes
+FORMAT = 2  # raise it when what is saved, or how it is computed, changes
 
 
 class Progress:

@@ -59,15 +59,16 @@ class CalibratedPass:
     ) -> None:
         self.model, self.chosen, self.facts, self.calibration = model, dict(chosen), facts, calibration
         self.recipe = recipes.parse(config.recipe)
-        self.config = self.recipe.configure(config)
+        self.options = self.recipe.configure(config.weights)
         self.notices: list[str] = []
         self.names, blocks = find_blocks(model, chosen)
         windows = calibration.windows(model)
         self.progress = _show(progress)
         self.saved: Progress | None = None
         if calibration.resume is not None:
-            notes = (config.recipe, calibration.batch, calibration.seed, self.names)
-            self.saved = Progress(calibration.resume, fingerprint(self.config, windows, _tensors(model), *notes))
+            bits = {name: bits for name, (_, bits) in chosen.items()}
+            notes = (calibration.batch, calibration.seed, self.names, bits)
+            self.saved = Progress(calibration.resume, fingerprint(self.options, windows, _tensors(model), *notes))
         self.tape = Tape(model, blocks, windows, calibration.batch, self._tell_arguments)
         self.clean: Tensor | None = self.tape.hidden.clone() if self.recipe.needs_targets else None
         if calibration.offload is not None:
@@ -130,12 +131,12 @@ class CalibratedPass:
         self._advance_clean(index, module)
         if self.recipe.folds_scales:
             block.folds = self._folds(index, block)
-        if self.config.clip or any(getattr(stage, "NEEDS_INPUTS", False) for stage in self.recipe.stages):
+        if self.options.clip or any(getattr(stage, "NEEDS_INPUTS", False) for stage in self.recipe.stages):
             self._gather(index, block)
         if self.recipe.transform is not None:
-            self.recipe.transform.transform(block, self.config)
+            self.recipe.transform.transform(block, self.options)
             block.folds = []
-        found = quantize_block(self.recipe, block, self.config)
+        found = quantize_block(self.recipe, block, self.options)
         self.notices += [notice for notice in block.notices if notice not in self.notices]
         quantized = {f"{linear.path}.weight" for linear in block.linears}
         for name, tensor in _tensors(module):
@@ -168,7 +169,7 @@ class CalibratedPass:
             for name, module in block.module.named_modules()
             for fold in folding.find(module, f"{block.name}.{name}".rstrip("."), self.facts.get(id(module), ()))
         ]
-        return checked(known, block, lambda: self.tape.run(index, 0, block.module), self.config.recipe)
+        return checked(known, block, lambda: self.tape.run(index, 0, block.module), self.options.recipe)
 
     @torch.no_grad()
     def _advance_clean(self, index: int, module: nn.Module) -> None:

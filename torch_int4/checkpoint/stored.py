@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,8 +30,28 @@ class Stored:
     foreign: bool = False
 
 
+@dataclass(frozen=True)
+class StoredConfig(Int4Config):
+    """The config of a checkpoint, and how its files hold the weights. Transformers carries it to our quantizer.
+
+    Attributes:
+        stored: no option: it is neither compared, shown nor written.
+    """
+
+    stored: Stored | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def plain(self) -> Int4Config:
+        """The options alone."""
+        return Int4Config(**{entry.name: getattr(self, entry.name) for entry in fields(Int4Config)})
+
+
+# Transformers takes a config that a user gives for a quantized checkpoint only if the names of the two classes agree.
+StoredConfig.__name__ = Int4Config.__name__
+
+
 def parse(data: Mapping[str, Any]) -> Int4Config:
-    """The config of a `quantization_config` that is ours, with what it says about the files in `stored`.
+    """The config of a `quantization_config` that is ours: a `StoredConfig` where it says how files hold the weights.
 
     Raises:
         Int4Error: naming a field that is unknown or not accepted.
@@ -44,8 +64,8 @@ def parse(data: Mapping[str, Any]) -> Int4Config:
     config = Int4Config.from_dict(block)
     described = data.get(SOURCE, {key: value for key, value in data.items() if key != BLOCK})
     form = formats.find(described)
-    object.__setattr__(config, "stored", Stored(form, form.settings(described), SOURCE in data))  # frozen but for this
-    return config
+    stored = Stored(form, form.settings(described), SOURCE in data)
+    return StoredConfig(**{entry.name: getattr(config, entry.name) for entry in fields(config)}, stored=stored)
 
 
 def wrap(source: Mapping[str, Any], config: Int4Config) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def plan_quantization(model: nn.Module, config: Int4Config, source: Source, name
         if place.transposed:
             dense = dense.t()
         stage = recipe.rounding if place.bits == 4 else recipes.get("rtn")
-        made: Int4Weight = stage.quantize(dense, recipe.configure(config), bits=place.bits, name=place.name)
+        made: Int4Weight = stage.quantize(dense, recipe.configure(config.weights), bits=place.bits, name=place.name)
         return made
 
     return Plan(source, pending, {name: {"weight": found[name]} for name in pending}, weight)
@@ -136,7 +136,7 @@ def plan_reading(
         if form.on_grid(settings):
             return form.read(tensors, settings, shape=place.shape, name=place.name)
         dense = form.read_dense(tensors, settings, shape=place.shape, name=place.name)
-        made: Int4Weight = recipes.get("rtn").quantize(dense, config, bits=4, name=place.name)
+        made: Int4Weight = recipes.get("rtn").quantize(dense, config.weights, bits=4, name=place.name)
         return made
 
     return Plan(source, pending, keys, weight)

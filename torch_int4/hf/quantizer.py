@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.quantizers.base import HfQuantizer
 
-from torch_int4.checkpoint.stored import Stored
+from torch_int4.checkpoint.stored import Stored, StoredConfig
 from torch_int4.config import OF_RUNNING, Int4Config
 from torch_int4.errors import Int4Error
 from torch_int4.hf._fill import Plan, fill, plan_quantization, plan_reading
@@ -34,8 +34,10 @@ class Int4Quantizer(HfQuantizer):
     quantization_config: Int4Config
 
     def __init__(self, quantization_config: Int4Config, **kwargs: Any) -> None:
+        self.stored: Stored | None = None
+        if isinstance(quantization_config, StoredConfig):
+            self.stored, quantization_config = quantization_config.stored, quantization_config.plain
         super().__init__(quantization_config, **kwargs)
-        self.stored: Stored | None = quantization_config.stored
         if self.pre_quantized and self.stored is None:
             raise Int4Error(
                 "quantization_config of config.json: is torch_int4's but does not say how weights are stored; the "

@@ -36,7 +36,9 @@ def calibrated_pass(
     """The pass over calibration data, if the recipe needs one or the user gave data that it can use."""
     recipe = recipes.parse(config.recipe)
     four_bits = [target for target in targets if target.bits == 4]
-    if not four_bits or not (recipe.needs_calibration or (data[0] is not None and recipe.configure(config).clip)):
+    if not four_bits or not (
+        recipe.needs_calibration or (data[0] is not None and recipe.configure(config.weights).clip)
+    ):
         return None
     chosen = {target.name: (target.module, target.bits) for target in targets if target.module is not None}
     facts = {key: family.folds for key, family in by_module.items() if family.folds}
@@ -92,7 +94,7 @@ def _weights(
         assert isinstance(old.weight, Tensor)
         dense = old.weight.detach().t() if _scan.is_conv1d(old) else old.weight.detach()
         recipe = rounding if target.bits == 4 else recipes.get("rtn")
-        yield target, recipe.quantize(dense, config, bits=target.bits, name=target.name)
+        yield target, recipe.quantize(dense, config.weights, bits=target.bits, name=target.name)
 
 
 def _replace(target: Target, quantized: Int4Weight, config: Int4Config) -> PatchedLinear:

@@ -19,12 +19,10 @@ import importlib
 import pkgutil
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch_int4.config import WeightOptions, checks_recipes
 from torch_int4.errors import Int4Error
-
-if TYPE_CHECKING:
-    from torch_int4.config import Int4Config
 
 NONE = "none"
 
@@ -63,15 +61,15 @@ class Recipe:
         """Whether a stage compares with the float model's outputs."""
         return any(getattr(stage, "FLOAT_TARGETS", False) for stage in self.stages)
 
-    def configure(self, config: Int4Config) -> Int4Config:
-        """The config as the stages get it."""
-        return replace(config, **dict(self.fields)) if self.fields else config
+    def configure(self, options: WeightOptions) -> WeightOptions:
+        """The options as the stages get them."""
+        return replace(options, **dict(self.fields)) if self.fields else options
 
-    def check(self, config: Int4Config) -> None:
-        """Raise Int4Error for a config that a stage cannot serve."""
+    def check(self, options: WeightOptions) -> None:
+        """Raise Int4Error for options that a stage cannot serve."""
         for stage in self.stages:
             if hasattr(stage, "check"):
-                stage.check(config)
+                stage.check(options)
 
 
 def available() -> tuple[str, ...]:
@@ -93,6 +91,13 @@ def get(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
+@checks_recipes
+def _check(options: WeightOptions) -> None:
+    if not isinstance(options.recipe, str):
+        raise Int4Error(f"Int4Config.recipe must be a name such as 'rtn' or 'awq+gptq'; got {options.recipe!r}")
+    parse(options.recipe).check(options)
+
+
 @functools.cache
 def parse(recipe: str) -> Recipe:
     """What a name such as "gptq", "awq" or "awq+gptq" means.
@@ -100,8 +105,6 @@ def parse(recipe: str) -> Recipe:
     Raises:
         Int4Error: an unknown stage, or two that do not go together.
     """
-    if not isinstance(recipe, str):
-        raise Int4Error(f"Int4Config.recipe must be a name such as 'rtn' or 'awq+gptq'; got {recipe!r}")
     first, plus, second = recipe.partition("+")
     if not plus:
         alone: tuple[str, str, dict[str, Any]] = getattr(get(first), "ALONE", (NONE, first, {}))
