@@ -81,7 +81,7 @@ def test_every_recipe_is_found_by_its_file_name():
     assert "rtn" in available()
     for name in available():
         stage = get(name)
-        assert any(hasattr(stage, function) for function in ("quantize", "quantize_block", "transform"))
+        assert any(hasattr(stage, function) for function in ("quantize", "round", "transform", "prepare", "after"))
 
 
 @pytest.mark.parametrize("name", ["nonesuch", "_grid", "", "os"])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from torch_int4.config import WeightOptions
 from torch_int4.errors import Int4Error
+from torch_int4.nn.extended import extras_of
 from torch_int4.nn.linear import Int4Linear
 from torch_int4.recipes import rtn
 from torch_int4.weights.canonical import Int4Weight
@@ -81,6 +82,9 @@ class Int4LoraLinear(LoraLinear):
     @torch.no_grad()
     def _add(self, names: list[str]) -> None:
         base = self.get_base_layer()
+        if extras_of(base):
+            extras = ", ".join(extras_of(base))
+            raise Int4Error(f"the linear has extras ({extras}) beside its int4 weight; use its adapters unmerged")
         dense, bias = base.dequantize(), base.bias
         for name in names:
             if name in self.lora_variant:

@@ -20,7 +20,7 @@ from torch_int4.recipes.parts.block import Block, Linear
 from torch_int4.recipes.parts.folds import Fold
 
 NEEDS_INPUTS = True
-ALONE: tuple[str, str, dict[str, Any]] = ("awq", "rtn", {"clip": True})
+ALONE: tuple[str, dict[str, Any]] = ("awq+rtn", {"clip": True})
 STEPS = 20  # exponents that are tried, besides 0
 ROWS = 256  # about so many rows of each weight are rounded in the search, spread over all of them
 LEAST = 1e-4  # of a mean, relative to their largest: scales stay finite

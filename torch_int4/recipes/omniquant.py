@@ -35,7 +35,7 @@ def transform(block: Block, options: WeightOptions) -> None:
     teq.transform(block, options)
 
 
-def quantize_block(block: Block, options: WeightOptions) -> dict[str, Int4Weight]:
+def round(block: Block, options: WeightOptions) -> dict[str, Int4Weight]:
     """Train clipping, and scales where the block has folds left, and return the weights of its 4-bit linears."""
     quants = fake_quants(block, options)
     ends = [(torch.full_like(q.low, START), torch.full_like(q.high, START)) for q in quants]

@@ -41,7 +41,7 @@ class SignSGD(torch.optim.Optimizer):
                     parameter.sub_(parameter.grad.sign().nan_to_num_(0.0), alpha=group["lr"])
 
 
-def quantize_block(block: Block, options: WeightOptions) -> dict[str, Int4Weight]:
+def round(block: Block, options: WeightOptions) -> dict[str, Int4Weight]:
     """Train the rounding of a block's 4-bit linears, and return their weights by name."""
     quants = fake_quants(block, options, shift=True)
     shifts = [quant.shift for quant in quants if quant.shift is not None]

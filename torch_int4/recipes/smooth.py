@@ -15,7 +15,7 @@ from torch_int4.recipes.awq import normalise
 from torch_int4.recipes.parts.block import Block
 
 NEEDS_INPUTS = True
-ALONE: tuple[str, str, dict[str, Any]] = ("smooth", "rtn", {})
+ALONE: tuple[str, dict[str, Any]] = ("smooth+rtn", {})
 EXPONENT = 0.5
 LEAST = 1e-5  # of a range, relative to the largest: features that never occur keep a finite scale
 

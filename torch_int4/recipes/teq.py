@@ -16,7 +16,7 @@ from torch_int4.recipes.parts.block import Block
 from torch_int4.recipes.parts.train import Schedule, fake_quants, folded, rounded, train
 
 FLOAT_TARGETS = True
-ALONE: tuple[str, str, dict[str, Any]] = ("teq", "rtn", {})
+ALONE: tuple[str, dict[str, Any]] = ("teq+rtn", {})
 PRESETS = {"light": Schedule(50, (0.1,)), "default": Schedule(200, (0.05,)), "best": Schedule(1000, (0.02,))}
 
 
