@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from torch_int4 import ops
+from torch_int4 import ops, recipes
+
+TOYS = Path(__file__).parent / "helpers" / "stages"
 
 
 @pytest.fixture(params=ops.isas())
@@ -16,3 +20,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     assert ops.isa() == request.param
     yield request.param
     ops.set_isa("")
+
+
+@pytest.fixture
+def toy_stages(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Makes the files of helpers/stages stages of recipes, as if they lay in torch_int4/recipes."""
+    monkeypatch.setattr(recipes, "__path__", [*recipes.__path__, str(TOYS)])
+    yield
+    for name in (file.stem for file in TOYS.glob("*.py")):
+        if sys.modules.pop(f"{recipes.__name__}.{name}", None) is not None:
+            delattr(recipes, name)
+    recipes.parse.cache_clear()

@@ -4,6 +4,7 @@ from importlib import metadata as _metadata
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
+from torch_int4 import recipes as _recipes  # noqa: F401 (registers how the recipe of an Int4Config is checked)
 from torch_int4.calibration.data import Calibration
 from torch_int4.config import Int4Config
 from torch_int4.errors import Int4Error

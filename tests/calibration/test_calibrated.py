@@ -21,7 +21,7 @@ from torch_int4.recipes.parts.block import Inputs
 
 STAGES = {name: recipes.get(name) for name in recipes.available()}
 TRANSFORMS = [name for name, stage in STAGES.items() if hasattr(stage, "transform")]
-ROUNDINGS = [name for name, stage in STAGES.items() if hasattr(stage, "quantize") or hasattr(stage, "quantize_block")]
+ROUNDINGS = [name for name, stage in STAGES.items() if recipes.rounds(stage)]
 OPTIONS = {"symmetric": False, "zeros": "float", "preset": "light"}
 
 
@@ -34,11 +34,11 @@ def quick(monkeypatch):
 
 
 def test_names_alone_are_the_published_methods():
-    assert recipes.parse("awq").transform is STAGES["awq"]
+    assert recipes.parse("awq").transforms == (STAGES["awq"],)
     assert recipes.parse("awq").rounding is STAGES["rtn"]
     assert recipes.parse("awq").configure(Int4Config()).clip
     assert not recipes.parse("awq+rtn").configure(Int4Config()).clip
-    assert recipes.parse("gptq").transform is None
+    assert recipes.parse("gptq").transforms == ()
     assert recipes.parse("none+gptq").stages == (STAGES["gptq"],)
     assert recipes.parse("omniquant").by_block
     assert recipes.parse("omniquant").folds_scales
@@ -64,6 +64,7 @@ def test_gptq_serves_every_decoder_and_beats_rounding(name):
 
 
 PAIRS = [*ROUNDINGS, *(f"{transform}+gptq" for transform in TRANSFORMS), *(f"awq+{name}" for name in ROUNDINGS)]
+PAIRS += ["smooth+awq+gptq"]
 
 
 @pytest.mark.parametrize("recipe", dict.fromkeys(PAIRS))
@@ -92,14 +93,14 @@ def test_folding_leaves_the_float_model_what_it_was(name, transform, monkeypatch
     config = Int4Config(recipe=f"{transform}+rtn", preset="light", symmetric=False)
     run = CalibratedPass(folded, chosen, facts, config, small(samples=4, batch=2))
     moved = []
-    real = calibrated_module.quantize_block
+    real = calibrated_module.round_block
 
     def spy(recipe, block, config):
         moved.append(block.name)
         return real(recipe, block, config)
 
-    monkeypatch.setattr(calibrated_module, "quantize_block", spy)
-    names = [name for name, _ in run.weights()]
+    monkeypatch.setattr(calibrated_module, "round_block", spy)
+    names = [name for name, _ in run.results()]
     assert sorted(names) == sorted(chosen)
     assert len(moved) == 2
     assert output_error(model, folded) < 1e-6

@@ -17,6 +17,7 @@ from torch_int4 import Int4Error, patch
 from torch_int4.calibration.resume import Progress
 from torch_int4.recipes.parts import compose as _compose
 from torch_int4.weights.canonical import Int4Weight
+from torch_int4.weights.result import Result
 
 RECIPES = ["awq+gptq", "signround", "omniquant"]
 OPTIONS = {"compute": "fp32", "kv_cache": "fp32", "head": "float", "preset": "light"}
@@ -41,18 +42,18 @@ class KilledError(Exception):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_an_interrupted_run_ends_with_the_same_bits(recipe, tmp_path, monkeypatch):
     _, want = patched("llama", recipe, small(samples=6, batch=2), preset="light")
-    stage = "torch_int4.calibration.run.quantize_block"
-    original = _compose.quantize_block
+    stage = "torch_int4.calibration.run.round_block"
+    original = _compose.round_block
     count = []
 
-    def quantize_block(*args):
+    def round_block(*args):
         count.append(1)
         if len(count) == 2:
             original(*args)  # its work is done, but lost
             raise KilledError
         return original(*args)
 
-    monkeypatch.setattr(stage, quantize_block)
+    monkeypatch.setattr(stage, round_block)
     with pytest.raises(Int4Error, match="must be loaded again"):
         patched("llama", recipe, small(samples=6, batch=2, resume=tmp_path), preset="light")
     _, got = patched("llama", recipe, small(samples=6, batch=2, resume=tmp_path), preset="light")
@@ -129,12 +130,12 @@ def test_states_without_their_blocks_do_not_count(tmp_path):
     weight = Int4Weight(torch.zeros(2, 32, dtype=torch.uint8), torch.ones(2, 1), torch.ones(2, 1, dtype=torch.uint8))
     for index in range(3):
         states = {"hidden": torch.full((2,), float(index))}
-        progress.save(index, {"a.b": weight}, {"norm": torch.ones(3, dtype=torch.bfloat16)}, states)
+        progress.save(index, {"a.b": Result(weight)}, {"norm": torch.ones(3, dtype=torch.bfloat16)}, states)
     assert progress.done == 3
     assert progress.states()["hidden"].tolist() == [2.0, 2.0]
     assert len(list(tmp_path.glob("states-*"))) == 1
     found, rest = progress.load(1)
-    assert torch.equal(found["a.b"].zeros, weight.zeros)
+    assert torch.equal(found["a.b"].weight.zeros, weight.zeros)
     assert rest["norm"].dtype == torch.bfloat16
     (tmp_path / "block-0001.safetensors").unlink()
     assert Progress(tmp_path, "x").done == 0

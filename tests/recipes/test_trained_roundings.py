@@ -25,7 +25,7 @@ def test_trained_roundings_beat_rounding(stage, products, monkeypatch):
         config = Int4Config(group_size=32, preset="light", **kind)
         block = block_of(Layer(), config, statistics_too=False)
         plain = rounded_error(block, config)
-        found = stage.quantize_block(block, config)
+        found = stage.round(block, config)
         assert set(found) == {"x.a", "x.b", "x.out"}
         parameters = {linear.key: found[linear.name].dequantize() for linear in block.linears}
         with torch.no_grad():
@@ -115,7 +115,7 @@ def test_constant_groups_and_zeros_train_without_nan(kind):
     layer.b.weight.data[3] = 0.25
     config = Int4Config(group_size=32, preset="light", **KINDS[kind])
     for stage in (signround, omniquant):
-        for weight in stage.quantize_block(block_of(layer, config), config).values():
+        for weight in stage.round(block_of(layer, config), config).values():
             assert torch.isfinite(weight.dequantize()).all()
 
 

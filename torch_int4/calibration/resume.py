@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from torch import Tensor
 from torch_int4.errors import Int4Error
 from torch_int4.support.atomic import replaced_file
 from torch_int4.weights.canonical import Int4Weight
+from torch_int4.weights.result import Extra, Result
 
 TENSORS = ("codes", "scales", "zeros", "offsets", "perm")
-FORMAT = 1  # raise it when what is saved, or how it is computed, changes
+FORMAT = 2  # raise it when what is saved, or how it is computed, changes
 
 
 class Progress:
@@ -26,10 +27,15 @@ class Progress:
 
     Files are written under another name and renamed, so that a run that is killed leaves whole files only. A folder
     that belongs to another model, config or data is refused instead of overwritten.
+
+    Args:
+        folder: made if it is not there.
+        fingerprint: of the run.
+        extras: the kinds of extras that results may have, by name.
     """
 
-    def __init__(self, folder: str | Path, fingerprint: str) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, fingerprint: str, extras: Mapping[str, type[Extra]] | None = None) -> None:
+        self.folder, self.extras = Path(folder), dict(extras or {})
         self.folder.mkdir(parents=True, exist_ok=True)
         note = self.folder / "calibration.json"
         if note.exists():
@@ -51,36 +57,45 @@ class Progress:
         return max(usable, default=0)
 
     def save(
-        self, index: int, weights: dict[str, Int4Weight], rest: dict[str, Tensor], states: dict[str, Tensor]
+        self, index: int, results: Mapping[str, Result], rest: dict[str, Tensor], states: dict[str, Tensor]
     ) -> None:
         """Write block `index` and the states behind it; the states in front of it are deleted afterwards."""
         tensors = {f"rest|{name}": tensor for name, tensor in rest.items()}
         notes = {}
-        for name, weight in weights.items():
-            notes[name] = f"{weight.group_size},{weight.bits}"
+        for name, result in results.items():
+            weight = result.weight
+            plain = {"group_size": weight.group_size, "bits": weight.bits, "codebook": weight.codebook}
+            notes[name] = json.dumps({**plain, "extras": list(result.extras)})
             for part in TENSORS:
                 value = getattr(weight, part)
                 if value is not None:
                     tensors[f"{part}|{name}"] = value
+            for extra, made in result.extras.items():
+                tensors.update({f"{extra}.{part}|{name}": value for part, value in made.tensors().items()})
         _write(tensors, self._block(index), notes)
         _write(states, self._states(index + 1), {})
         self._states(index).unlink(missing_ok=True)
 
-    def load(self, index: int) -> tuple[dict[str, Int4Weight], dict[str, Tensor]]:
-        """Weights and other parameters of a finished block."""
+    def load(self, index: int) -> tuple[dict[str, Result], dict[str, Tensor]]:
+        """Results of a finished block's linears, and its other parameters."""
         from safetensors import safe_open
 
         path = self._block(index)
         with safe_open(str(path), framework="pt") as file:
             notes = dict(file.metadata() or {})
         tensors = load_file(str(path))
-        weights = {}
+        results = {}
         for name, note in notes.items():
-            size, bits = (int(part) for part in note.split(","))
+            plain = json.loads(note)
+            extras = {extra: self._extra(extra, name, tensors) for extra in plain.pop("extras")}
             parts: Any = {part: tensors[f"{part}|{name}"] for part in TENSORS if f"{part}|{name}" in tensors}
-            weights[name] = Int4Weight(**parts, group_size=size, bits=bits).validate(name)
+            results[name] = Result(Int4Weight(**parts, **plain).validate(name), extras)
         rest = {key[len("rest|") :]: value for key, value in tensors.items() if key.startswith("rest|")}
-        return weights, rest
+        return results, rest
+
+    def _extra(self, extra: str, name: str, tensors: dict[str, Tensor]) -> Extra:
+        kind = self.extras[extra]
+        return kind(**{part: tensors[f"{extra}.{part}|{name}"] for part in kind.TENSORS})
 
     def states(self) -> dict[str, Tensor]:
         """The states behind the last finished block."""

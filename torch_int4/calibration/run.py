@@ -24,16 +24,18 @@ from torch_int4.errors import Int4Error
 from torch_int4.layouts.scales import ScaleFold
 from torch_int4.recipes.parts import folds as folding
 from torch_int4.recipes.parts.block import Block, Inputs, Linear
-from torch_int4.recipes.parts.compose import quantize_block
+from torch_int4.recipes.parts.compose import round_block
 from torch_int4.recipes.parts.folds import Fold
 from torch_int4.support.progress import ProgressLine
-from torch_int4.weights.canonical import Int4Weight
+from torch_int4.weights.result import Result
 
 Chosen = dict[str, tuple[nn.Module, int]]  # linears to quantize: name -> module, bits
 
 
 class CalibratedPass:
-    """Quantizes the linears of a model's blocks. Nothing is changed before `weights` is iterated.
+    """Quantizes the linears of a model's blocks. Nothing is changed before `results` is iterated.
+
+    Of a recipe with stages that prepare the model as a whole, the caller has them do so, and then calls `capture`.
 
     Args:
         model: the float model.
@@ -56,26 +58,38 @@ class CalibratedPass:
         calibration: Calibration,
         progress: bool | None = None,
     ) -> None:
-        self.model, self.chosen, self.facts, self.calibration = model, dict(chosen), facts, calibration
+        self.model, self.calibration = model, calibration
         self.recipe = recipes.parse(config.recipe)
-        self.config = self.recipe.configure(config)
+        self.options = self.recipe.configure(config.weights)
         self.notices: list[str] = []
-        self.names, blocks = find_blocks(model, chosen)
-        windows = calibration.windows(model)
+        self.names, _ = find_blocks(model, chosen)
+        self.windows = calibration.windows(model)
         self.progress = progress
         self.saved: Progress | None = None
         if calibration.resume is not None:
-            notes = (config.recipe, calibration.batch, calibration.seed, self.names)
-            self.saved = Progress(calibration.resume, fingerprint(self.config, windows, _tensors(model), *notes))
+            bits = {name: bits for name, (_, bits) in chosen.items()}
+            notes = (calibration.batch, calibration.seed, self.names, bits)
+            mark = fingerprint(self.options, self.windows, _tensors(model), *notes)
+            self.saved = Progress(calibration.resume, mark, self.recipe.extras)
+        # A model that is going to be prepared is looked at again afterwards; one window shows whether it can be run.
+        self._capture(chosen, facts, self.windows[:1] if self.recipe.preparing else self.windows)
+
+    def capture(self, chosen: Chosen, facts: dict[int, tuple[ScaleFold, ...]]) -> None:
+        """Capture anew, of a model that stages have prepared as a whole since; arguments as for the constructor."""
+        self._capture(chosen, facts, self.windows)
+
+    def _capture(self, chosen: Chosen, facts: dict[int, tuple[ScaleFold, ...]], windows: Tensor) -> None:
+        self.chosen, self.facts = dict(chosen), facts
+        self.names, blocks = find_blocks(self.model, chosen)
         # On a large model the arguments of all blocks take a while, before any block is done.
         with self._line(len(blocks), "arguments of") as line:
-            self.tape = Tape(model, blocks, windows, calibration.batch, line.reach)
+            self.tape = Tape(self.model, blocks, windows, self.calibration.batch, line.reach)
         self.clean: Tensor | None = self.tape.hidden.clone() if self.recipe.needs_targets else None
-        if calibration.offload is not None:
-            self.tape.offload(calibration.offload, "quantized.bin")
+        if self.calibration.offload is not None:
+            self.tape.offload(self.calibration.offload, "quantized.bin")
 
-    def weights(self) -> Iterator[tuple[str, Int4Weight]]:
-        """Names and weights, block after block; the caller replaces each linear before it asks for the next one."""
+    def results(self) -> Iterator[tuple[str, Result]]:
+        """Names and results, block after block; the caller replaces each linear before it asks for the next one."""
         done = self.saved.done if self.saved else 0
         with evaluating(self.model), self._line(len(self.tape.blocks), done=done) as line:
             for index, module in enumerate(self.tape.blocks):
@@ -96,33 +110,35 @@ class CalibratedPass:
     def _states(self) -> dict[str, Tensor]:
         return {"hidden": self.tape.hidden, **({} if self.clean is None else {"clean": self.clean})}
 
-    def _restore(self, index: int, module: nn.Module, *, last: bool) -> Iterator[tuple[str, Int4Weight]]:
+    def _restore(self, index: int, module: nn.Module, *, last: bool) -> Iterator[tuple[str, Result]]:
         assert self.saved is not None
-        weights, rest = self.saved.load(index)
-        for name in weights:
+        results, rest = self.saved.load(index)
+        for name in results:
             del self.chosen[name]
         _put_back(module, rest)
-        yield from weights.items()
+        yield from results.items()
         if last:
             states = self.saved.states()
             self.tape.hidden.copy_(states["hidden"])
             if self.clean is not None:
                 self.clean.copy_(states["clean"])
 
-    def _quantize(self, index: int, module: nn.Module) -> tuple[dict[str, Int4Weight], dict[str, Tensor]]:
-        """Weights of a block's linears, and what else of the block is to be kept. The block is in fp32 meanwhile."""
+    def _quantize(self, index: int, module: nn.Module) -> tuple[dict[str, Result], dict[str, Tensor]]:
+        """Results of a block's linears, and what else of the block is to be kept. The block is in fp32 meanwhile."""
         dtypes = {name: tensor.dtype for name, tensor in _tensors(module)}
         module.float()
         block = self._block(index, module)
         self._advance_clean(index, module)
         if self.recipe.folds_scales:
             block.folds = self._folds(index, block)
-        if self.config.clip or any(getattr(stage, "NEEDS_INPUTS", False) for stage in self.recipe.stages):
+        if self.options.clip or self.recipe.needs_inputs:
             self._gather(index, block)
-        if self.recipe.transform is not None:
-            self.recipe.transform.transform(block, self.config)
-            block.folds = []
-        found = quantize_block(self.recipe, block, self.config)
+        folds = block.folds
+        for stage in self.recipe.transforms:
+            block.folds = list(folds)
+            stage.transform(block, self.options)
+            block.folds = []  # the rounding gets none that a transform has used
+        found = round_block(self.recipe, block, self.options)
         self.notices += [notice for notice in block.notices if notice not in self.notices]
         quantized = {f"{linear.path}.weight" for linear in block.linears}
         for name, tensor in _tensors(module):
@@ -155,7 +171,7 @@ class CalibratedPass:
             for name, module in block.module.named_modules()
             for fold in folding.find(module, f"{block.name}.{name}".rstrip("."), self.facts.get(id(module), ()))
         ]
-        return checked(known, block, lambda: self.tape.run(index, 0, block.module), self.config.recipe)
+        return checked(known, block, lambda: self.tape.run(index, 0, block.module), self.options.recipe)
 
     @torch.no_grad()
     def _advance_clean(self, index: int, module: nn.Module) -> None:

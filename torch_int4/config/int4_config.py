@@ -1,4 +1,4 @@
-"""How a model is quantized: one frozen dataclass, checked when it is made."""
+"""How a model is quantized and run: one frozen dataclass, checked when it is made."""
 
 from __future__ import annotations
 
@@ -7,36 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
+from torch_int4.config.run_options import RunOptions
+from torch_int4.config.weight_options import WeightOptions
 from torch_int4.errors import Int4Error
-
-COMPUTE = ("int8", "int8x2", "bf16", "fp32")
-ZEROS = ("integer", "float")
-HEADS = ("float", "int4", "int8")
-EMBEDDINGS = ("float", "bf16")
-KV_CACHES = ("auto", "fp32", "bf16", "fp16", "int8")
-ATTENTIONS = ("fused", "stock")
-# Fields that say how a model runs, and which linears are left; the others decide the bits of a quantized weight.
-OF_RUNNING = ("compute", "head", "attention", "kv_cache", "embeddings", "skip")
-PRESETS = ("light", "default", "best")
-GROUP_SIZES = "a multiple of 32 up to 128, a multiple of 128 up to 1024, or -1 (one group per row)"
-
-
-def is_group_size(value: Any) -> bool:
-    """Whether kernels can serve groups of this many inputs."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        return False
-    if value == -1:
-        return True
-    return (0 < value <= 128 and value % 32 == 0) or (128 < value <= 1024 and value % 128 == 0)
 
 
 @dataclass(frozen=True)
-class Int4Config:
-    """How weights are quantized and how products are computed.
+class Int4Config(RunOptions, WeightOptions):  # in this order, so that the fields of weights come first
+    """How weights are quantized (`WeightOptions`), and which of them, and how products are computed (`RunOptions`).
 
     Attributes:
-        recipe: how codes are found; one of the files in `torch_int4/recipes`, or "transform+rounding", such as
-            "awq+gptq". Most need calibration data, see `patch`.
+        recipe: how codes are found; one of the files in `torch_int4/recipes`, or several joined by "+", of which one
+            rounds, such as "awq+gptq". Most need calibration data, see `patch`.
         group_size: inputs that share a scale: a multiple of 32 up to 128, a multiple of 128 up to 1024, or -1
             for one group per row. A row need not be a multiple of it; the last group may be shorter.
         symmetric: codes around a fixed zero point (8), without an offset per group.
@@ -49,67 +31,26 @@ class Int4Config:
             about 15 bits; "bf16" and "fp32" dequantize the weights instead.
         head: the output projection onto the vocabulary: left in "float", or "int8" or "int4".
         attention: "fused" runs attention in our operators, over a managed KV cache; "stock" leaves it alone.
-        kv_cache: what that cache stores: "fp32", "bf16", "fp16", "int8" with a scale per token and head, or "auto":
+        kv_cache: the type of that cache: "fp32", "bf16", "fp16", "int8" with a scale per token and head, or "auto":
             the model's dtype where it is 16 bits wide, bf16 where it is not.
         embeddings: "float" leaves input embeddings alone, "bf16" stores them in half the bytes of fp32.
         int8: `fnmatch` patterns of module names whose linears, with everything below them, are stored in int8.
         skip: `fnmatch` patterns of module names that stay in float, with everything below them.
 
     Raises:
-        Int4Error: a value that is not accepted; the message names the field and what is.
+        Int4Error: a value that is not accepted; the message names the field and the values that are.
     """
 
-    recipe: str = "rtn"
-    group_size: int = 32
-    symmetric: bool = True
-    zeros: str = "integer"
-    clip: bool = False
-    preset: str = "default"
-    compute: str = "int8"
-    head: str = "int8"
-    attention: str = "fused"
-    kv_cache: str = "auto"
-    embeddings: str = "float"
-    int8: tuple[str, ...] = ()
-    skip: tuple[str, ...] = ()
-
-    # What transformers asks of a `quantization_config`; these are no fields.
-    quant_method: ClassVar[str] = "torch_int4"
-    stored: ClassVar[Any] = None  # set on instances that came with a checkpoint: how its files hold the weights
+    quant_method: ClassVar[str] = "torch_int4"  # transformers asks every `quantization_config` for it; no field
 
     def __post_init__(self) -> None:
-        from torch_int4.recipes import parse  # here, because recipes import this module
+        RunOptions.__post_init__(self)
+        WeightOptions.__post_init__(self)
 
-        self._make_patterns("int8")
-        self._make_patterns("skip")
-
-        if not is_group_size(self.group_size):
-            raise Int4Error(f"Int4Config.group_size must be {GROUP_SIZES}; got {self.group_size!r}")
-        recipe = parse(self.recipe)
-        self._check_choice("zeros", ZEROS)
-        self._check_choice("compute", COMPUTE)
-        self._check_choice("head", HEADS)
-        self._check_choice("attention", ATTENTIONS)
-        self._check_choice("kv_cache", KV_CACHES)
-        self._check_choice("embeddings", EMBEDDINGS)
-        self._check_choice("preset", PRESETS)
-        for name in ("symmetric", "clip"):
-            if not isinstance(getattr(self, name), bool):
-                raise Int4Error(f"Int4Config.{name} must be True or False; got {getattr(self, name)!r}")
-        recipe.check(self)
-
-    def _make_patterns(self, name: str) -> None:
-        value = getattr(self, name)
-        patterns = (value,) if isinstance(value, str) else value
-        if not isinstance(patterns, (tuple, list)) or not all(isinstance(p, str) for p in patterns):
-            raise Int4Error(f"Int4Config.{name} must be a tuple of name patterns, got {value!r}")
-        object.__setattr__(self, name, tuple(patterns))
-
-    def _check_choice(self, name: str, accepted: tuple[str, ...]) -> None:
-        value = getattr(self, name)
-        if not isinstance(value, str) or value not in accepted:
-            choices = ", ".join(repr(choice) for choice in accepted)
-            raise Int4Error(f"Int4Config.{name} must be one of {choices}; got {value!r}")
+    @property
+    def weights(self) -> WeightOptions:
+        """The options that decide the bits of a quantized weight, without the others."""
+        return WeightOptions(**{entry.name: getattr(self, entry.name) for entry in fields(WeightOptions)})
 
     @classmethod
     def with_overrides(cls, config: Int4Config | None = None, **overrides: Any) -> Int4Config:
@@ -120,7 +61,7 @@ class Int4Config:
         """
         if config is not None and not isinstance(config, Int4Config):
             raise Int4Error(f"config must be an Int4Config or None; got {type(config).__name__}")
-        known = [field.name for field in fields(cls)]
+        known = [entry.name for entry in fields(Int4Config)]
         unknown = [name for name in overrides if name not in known]
         if unknown:
             raise Int4Error(f"unknown option {', '.join(unknown)}; the fields of Int4Config are {', '.join(known)}")
@@ -128,7 +69,7 @@ class Int4Config:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields and the method as JSON knows them, for `config.json`."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {entry.name: getattr(self, entry.name) for entry in fields(Int4Config)}
         lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
         return {"quant_method": self.quant_method, **values, **lists}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import fields as fields_of
 from typing import Any
 
 from torch_int4.config import Int4Config
@@ -30,7 +30,7 @@ def parse_config(text: str) -> Int4Config:
 
 def pattern_fields() -> set[str]:
     """Names of the fields that hold several patterns."""
-    return {name for name, value in dataclasses.asdict(Int4Config()).items() if isinstance(value, tuple)}
+    return {entry.name for entry in fields_of(Int4Config) if isinstance(entry.default, tuple)}
 
 
 def patterns(text: str) -> tuple[str, ...]:

@@ -23,6 +23,8 @@ from torch_int4.formats.parts.format import Format, Settings
 from torch_int4.weights.canonical import CODEBOOKS, SCALE_DTYPES, Int4Weight
 
 VERSION = 1
+WITH_EXTRAS = 2  # of models whose linears have extras, which readers of version 1 would leave out
+_EXTRAS = "extras"
 _PREFIX = "int4_"
 _OPTIONAL = ("zeros", "offsets", "perm")
 
@@ -40,9 +42,10 @@ class Native(Format):
     def settings(self, config: Mapping[str, Any]) -> Settings:
         """Nothing but the version: every linear says of itself what it is."""
         version = config.get("version")
-        if version != VERSION:
+        if version not in (VERSION, WITH_EXTRAS):
             raise Int4Error(
-                f"quantization_config.version: {version!r} is not read, only {VERSION}; a newer torch_int4 wrote this"
+                f"quantization_config.version: {version!r} is not read, only {VERSION} and {WITH_EXTRAS}; a newer "
+                "torch_int4 wrote this"
             )
         return Settings(bits=4, group_size=32, mixed=True)
 
@@ -91,6 +94,18 @@ class Native(Format):
     def describe(self, written: Mapping[str, Settings], skipped: Iterable[str]) -> dict[str, Any]:
         """See `Format.describe`."""
         return {"quant_method": "torch_int4", "format": "native", "version": VERSION, "ignore": sorted(skipped)}
+
+    def describe_extras(self, counts: Mapping[str, int]) -> dict[str, Any]:
+        """See `Format.describe_extras`."""
+        return {"version": WITH_EXTRAS, _EXTRAS: dict(counts)}
+
+    def extras(self, config: Mapping[str, Any]) -> dict[str, int]:
+        """See `Format.extras`."""
+        counts = config.get(_EXTRAS, {})
+        usable = isinstance(counts, Mapping) and all(isinstance(n, int) and n > 0 for n in counts.values())
+        if not usable or bool(counts) != (config.get("version") == WITH_EXTRAS):
+            raise Int4Error(f"quantization_config.{_EXTRAS}: must say how many linears have each, got {counts!r}")
+        return dict(counts)
 
 
 def _layout(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torch_int4 import recipes
+from torch_int4.checkpoint.stored import Stored
 from torch_int4.config import Int4Config
 from torch_int4.errors import Int4Error
-from torch_int4.formats import Format, Settings
 from torch_int4.formats.parts.files import Checkpoint
+from torch_int4.hf._extras import StoredExtras
 from torch_int4.hf._keys import Names
+from torch_int4.nn.extended import extend
 from torch_int4.nn.linear import Int4Linear
 from torch_int4.patching.loading import PendingLinear, all_linears, find_loadable, put_pending, replace
 from torch_int4.patching.report import PatchedLinear
 from torch_int4.weights import panel_files as panels
-from torch_int4.weights.canonical import Int4Weight
+from torch_int4.weights.result import Extra, Result
 
 
 @dataclass
@@ -31,16 +33,19 @@ class Plan:
         source: the checkpoint's tensors.
         pending: {module: its placeholder in the model}.
         keys: {module: {suffix: name in the checkpoint}}; a float weight has the suffix "weight" alone.
-        weight: makes the canonical weight of one linear from its tensors.
+        result: makes the canonical weight of one linear from its tensors; extras too where it is rounded.
+        stored: the extras of linears whose weights are stored.
     """
 
     source: Checkpoint
     pending: dict[str, PendingLinear]
     keys: dict[str, dict[str, str]]
-    weight: Callable[[PendingLinear, Mapping[str, Tensor]], Int4Weight]
+    result: Callable[[PendingLinear, Mapping[str, Tensor]], Result]
+    stored: StoredExtras | None = None
+    _rounded: dict[str, Mapping[str, Extra]] = field(default_factory=dict)
 
     def linear(self, name: str) -> Int4Linear:
-        """One linear, read and packed, without its bias.
+        """One linear, read and packed, without its bias and its extras.
 
         Raises:
             Int4Error: naming the tensors and their file.
@@ -48,12 +53,24 @@ class Plan:
         pending, keys = self.pending[name], self.keys[name]
         try:
             tensors = {suffix: self.source.read(key) for suffix, key in keys.items()}
-            weight = self.weight(pending, tensors)
+            result = self.result(pending, tensors)
             del tensors
-            return Int4Linear.from_weight(weight, dtype=pending.dtype)
+            self._rounded[name] = result.extras
+            return Int4Linear.from_weight(result.weight, dtype=pending.dtype)
         except (Int4Error, RuntimeError) as error:
             files = sorted({self.source.file(key) for key in keys.values()})
             raise Int4Error(f"{error} (in {', '.join(files)})") from error
+
+    def extras(self, name: str) -> Mapping[str, Extra]:
+        """The extras of a linear: those that are stored, or that `linear` has found."""
+        if self.stored is not None:
+            return self.stored.read(name, self.source)
+        return self._rounded.pop(name, {})
+
+    def all_keys(self) -> list[str]:
+        """Every tensor of the checkpoint that the plan reads."""
+        stored = [] if self.stored is None else self.stored.all_keys()
+        return [key for found in self.keys.values() for key in found.values()] + stored
 
 
 def plan_quantization(model: nn.Module, config: Int4Config, source: Checkpoint, names: Names) -> Plan:
@@ -67,6 +84,11 @@ def plan_quantization(model: nn.Module, config: Int4Config, source: Checkpoint, 
         raise Int4Error(
             f"Int4Config.recipe={config.recipe!r}: needs the model's own activations, so it cannot run while weights "
             "are loaded; load the model in float, patch(model, config, calibration=...), then save_pretrained"
+        )
+    if recipe.preparing or recipe.finishing:
+        raise Int4Error(
+            f"Int4Config.recipe={config.recipe!r}: works on the model as a whole, so it cannot run while weights are "
+            "loaded; load the model in float, patch(model, config), then save_pretrained"
         )
     bits = find_loadable(model, config)
     wanted = {f"{name}.weight": name for name in bits}
@@ -88,25 +110,24 @@ def plan_quantization(model: nn.Module, config: Int4Config, source: Checkpoint, 
             )
     pending = put_pending(model, {name: bits[name] for name in bits if name in found})
 
-    def weight(place: PendingLinear, tensors: Mapping[str, Tensor]) -> Int4Weight:
+    def result(place: PendingLinear, tensors: Mapping[str, Tensor]) -> Result:
         dense = tensors["weight"].to(place.dtype)
         if place.transposed:
             dense = dense.t()
         stage = recipe.rounding if place.bits == 4 else recipes.get("rtn")
-        made: Int4Weight = stage.quantize(dense, recipe.configure(config), bits=place.bits, name=place.name)
-        return made
+        made = stage.quantize(dense, recipe.configure(config.weights), bits=place.bits, name=place.name)
+        return recipe.checked(Result.of(made), place.shape, place.name)
 
-    return Plan(source, pending, {name: {"weight": found[name]} for name in pending}, weight)
+    return Plan(source, pending, {name: {"weight": found[name]} for name in pending}, result)
 
 
-def plan_reading(
-    model: nn.Module, form: Format, settings: Settings, source: Checkpoint, names: Names, config: Int4Config
-) -> Plan:
+def plan_reading(model: nn.Module, how: Stored, source: Checkpoint, names: Names, config: Int4Config) -> Plan:
     """A plan for a checkpoint that is quantized already. What lies on no grid of kernels is rounded again, by `config`.
 
     Raises:
         Int4Error: naming a quantized tensor without a linear, or a linear without a weight.
     """
+    form, settings = how.form, how.settings
     keys: dict[str, dict[str, str]] = {}
     known = set(all_linears(model))
     where = ", ".join(source.files)
@@ -132,14 +153,16 @@ def plan_reading(
         raise Int4Error(f"{missing[0]}{more}: neither in float nor quantized in {where}; a shard may be missing")
     pending = put_pending(model, dict.fromkeys(keys, settings.bits))
 
-    def weight(place: PendingLinear, tensors: Mapping[str, Tensor]) -> Int4Weight:
+    def result(place: PendingLinear, tensors: Mapping[str, Tensor]) -> Result:
         if form.on_grid(settings):
-            return form.read(tensors, settings, shape=place.shape, name=place.name)
+            return Result(form.read(tensors, settings, shape=place.shape, name=place.name))
         dense = form.read_dense(tensors, settings, shape=place.shape, name=place.name)
-        made: Int4Weight = recipes.get("rtn").quantize(dense, config, bits=4, name=place.name)
-        return made
+        return Result(recipes.get("rtn").quantize(dense, config.weights, bits=4, name=place.name))
 
-    return Plan(source, pending, keys, weight)
+    shapes = {name: place.shape for name, place in pending.items()}
+    kinds = recipes.parse(config.recipe).extras
+    stored = StoredExtras.find(source, names.target, shapes, kinds, how.extras) if how.extras else None
+    return Plan(source, pending, keys, result, stored)
 
 
 def fill(model: nn.Module, plan: Plan, config: Int4Config, cached: str | None) -> list[PatchedLinear]:
@@ -159,10 +182,10 @@ def fill(model: nn.Module, plan: Plan, config: Int4Config, cached: str | None) -
         with contextlib.suppress(Int4Error):
             known = panels.map_file(folder / f"{cached}.safetensors")
             if set(known) == set(plan.pending):
-                return [_settle(model, place, known[name], config) for name, place in plan.pending.items()]
+                return [_settle(model, plan, known[name], name, config) for name in plan.pending]
     to_disk = {name for name in plan.pending if folder is not None or _is_on_disk(model, name)}
     if not to_disk:
-        return [_settle(model, place, plan.linear(name), config) for name, place in plan.pending.items()]
+        return [_settle(model, plan, plan.linear(name), name, config) for name in plan.pending]
     return _fill_through_file(
         model,
         plan,
@@ -179,15 +202,15 @@ def _fill_through_file(
 ) -> list[PatchedLinear]:
     entries = {}
     try:
-        for name, place in plan.pending.items():
+        for name in plan.pending:
             made = plan.linear(name)
             if name in to_disk:
                 writer.add(name, made)
             else:
-                entries[name] = _settle(model, place, made, config)
+                entries[name] = _settle(model, plan, made, name, config)
             del made
         for name, mapped in writer.finish().items():
-            entries[name] = _settle(model, plan.pending[name], mapped, config)
+            entries[name] = _settle(model, plan, mapped, name, config)
     except OSError as error:
         raise panels.trouble(writer.folder, error) from error
     finally:
@@ -201,8 +224,10 @@ def _is_on_disk(model: nn.Module, name: str) -> bool:
     return bool(holders) and str(devices[max(holders, key=len)]) == "disk"
 
 
-def _settle(model: nn.Module, pending: PendingLinear, made: Int4Linear, config: Int4Config) -> PatchedLinear:
-    """Put a packed linear into the place that was kept for it, with the bias that was loaded there."""
+def _settle(model: nn.Module, plan: Plan, made: Int4Linear, name: str, config: Int4Config) -> PatchedLinear:
+    """Put a packed linear into the place that was kept for it, with its extras and the bias that was loaded there."""
+    pending = plan.pending[name]
+    extend(made, plan.extras(name))
     bias = pending._parameters.get("bias")
     hook: Any = getattr(pending, "_hf_hook", None)
     if bias is not None and bias.is_meta and hook is not None:  # accelerate keeps it on the disk

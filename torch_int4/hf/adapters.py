@@ -13,8 +13,9 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from torch_int4.config import Int4Config
+from torch_int4.config import WeightOptions
 from torch_int4.errors import Int4Error
+from torch_int4.nn.extended import extras_of
 from torch_int4.nn.linear import Int4Linear
 from torch_int4.recipes import rtn
 from torch_int4.weights.canonical import Int4Weight
@@ -81,6 +82,9 @@ class Int4LoraLinear(LoraLinear):
     @torch.no_grad()
     def _add(self, names: list[str]) -> None:
         base = self.get_base_layer()
+        if extras_of(base):
+            extras = ", ".join(extras_of(base))
+            raise Int4Error(f"the linear has extras ({extras}) beside its int4 weight; use its adapters unmerged")
         dense, bias = base.dequantize(), base.bias
         for name in names:
             if name in self.lora_variant:
@@ -109,8 +113,9 @@ def requantize(dense: Tensor, like: Int4Linear, *, name: str = "weight") -> Int4
         raise Int4Error(f"{name}: there is no rounding to the code book {like.weight_type!r}; leave it unmerged")
     offsets = like.packed_offsets
     integer = offsets is None or offsets.dtype == torch.uint8
-    config = Int4Config(group_size=like.group_size, symmetric=offsets is None, zeros="integer" if integer else "float")
+    zeros = "integer" if integer else "float"
+    options = WeightOptions(group_size=like.group_size, symmetric=offsets is None, zeros=zeros)
     ordered = dense if like.perm is None else dense[:, like.perm]
-    result = rtn.quantize(ordered, config, bits=8 if like.weight_type == "int8" else 4, name=name)
+    result = rtn.quantize(ordered, options, bits=8 if like.weight_type == "int8" else 4, name=name)
     result.perm = like.perm
     return result

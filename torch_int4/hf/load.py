@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 from torch_int4.config import OF_RUNNING, Int4Config, is_group_size
@@ -107,7 +107,7 @@ def _adopted(source: Mapping[str, Any], ours: Mapping[str, Any], where: str) -> 
             f"{where}: is quantized already, so {', '.join(wrong)} cannot be chosen; only {', '.join(OF_RUNNING)} can"
         )
     if BLOCK in source:
-        return {**source, BLOCK: Int4Config.with_overrides(replace(parse(source)), **ours).to_dict()}
+        return {**source, BLOCK: Int4Config.with_overrides(parse(source), **ours).to_dict()}
     return wrap(source, Int4Config.with_overrides(_config_of(source), **ours))
 
 

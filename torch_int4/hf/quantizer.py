@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers.quantizers.base import HfQuantizer
 
-from torch_int4.checkpoint.stored import Stored
+from torch_int4 import recipes
+from torch_int4.checkpoint.stored import Stored, StoredConfig
 from torch_int4.config import OF_RUNNING, Int4Config
 from torch_int4.errors import Int4Error
 from torch_int4.formats.parts.files import Checkpoint
@@ -34,8 +35,10 @@ class Int4Quantizer(HfQuantizer):
     quantization_config: Int4Config
 
     def __init__(self, quantization_config: Int4Config, **kwargs: Any) -> None:
+        self.stored: Stored | None = None
+        if isinstance(quantization_config, StoredConfig):
+            self.stored, quantization_config = quantization_config.stored, quantization_config.plain
         super().__init__(quantization_config, **kwargs)
-        self.stored: Stored | None = quantization_config.stored
         if self.pre_quantized and self.stored is None:
             raise Int4Error(
                 "quantization_config of config.json: is torch_int4's but does not say how weights are stored; the "
@@ -74,11 +77,10 @@ class Int4Quantizer(HfQuantizer):
             self._names = Names(model, weight_conversions)
             source = Checkpoint(files)
             if self.stored is not None:
-                form, settings, config = self.stored.form, self.stored.settings, self.quantization_config
-                self._plan = plan_reading(model, form, settings, source, self._names, config)
+                self._plan = plan_reading(model, self.stored, source, self._names, self.quantization_config)
             else:
                 self._plan = plan_quantization(model, self.quantization_config, source, self._names)
-            self._names.ignore(model, (key for found in self._plan.keys.values() for key in found.values()))
+            self._names.ignore(model, self._plan.all_keys())
         elif self.stored is not None:
             raise Int4Error("a quantized checkpoint must be safetensors files; pickled ones are not read")
         return super().update_weight_conversions(weight_conversions, model)
@@ -103,8 +105,8 @@ class Int4Quantizer(HfQuantizer):
     def _key(self, plan: Plan) -> str | None:
         """The key of this model's panels; None where none are kept."""
         folder = panels.cache_folder()
-        if folder is None:
-            return None
+        if folder is None or (self.stored is None and recipes.parse(self.quantization_config.recipe).extras):
+            return None  # panels hold no extras, and those of weights that are rounded here would be found anew
         made = {name: [*place.shape, place.bits, str(place.dtype)] for name, place in plan.pending.items()}
         how = {} if self.stored is None else asdict(self.stored.settings)
         if self.stored is None or not self.stored.form.on_grid(self.stored.settings):

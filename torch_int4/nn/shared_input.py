@@ -77,6 +77,8 @@ def merge_inputs(linears: Sequence[Int4Linear]) -> bool:
 
     They must agree in everything that shapes the quantized input: features, group size, weight type, compute, perm.
     """
+    if any(type(linear) is not Int4Linear for linear in linears):  # others compute more than the product
+        return False
     first = linears[0]
     for other in linears[1:]:
         same = all(

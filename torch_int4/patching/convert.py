@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from torch_int4 import recipes
 from torch_int4.calibration.data import Calibration
-from torch_int4.calibration.run import CalibratedPass
+from torch_int4.calibration.run import CalibratedPass, Chosen
 from torch_int4.config import Int4Config
 from torch_int4.errors import Int4Error
+from torch_int4.layouts.scales import ScaleFold
+from torch_int4.nn.extended import extend
 from torch_int4.nn.linear import Int4Linear
 from torch_int4.patching import families
 from torch_int4.patching import foreign as _foreign
@@ -20,7 +22,7 @@ from torch_int4.patching import scan as _scan
 from torch_int4.patching.report import PatchedLinear, PatchReport
 from torch_int4.patching.scan import Target
 from torch_int4.support.progress import track
-from torch_int4.weights.canonical import Int4Weight
+from torch_int4.weights.result import Result
 
 
 def calibrated_pass(
@@ -34,11 +36,19 @@ def calibrated_pass(
     """The pass over calibration data, if the recipe needs one or the user gave data that it can use."""
     recipe = recipes.parse(config.recipe)
     four_bits = [target for target in targets if target.bits == 4]
-    if not four_bits or not (recipe.needs_calibration or (data[0] is not None and recipe.configure(config).clip)):
+    if not four_bits or not (
+        recipe.needs_calibration or (data[0] is not None and recipe.configure(config.weights).clip)
+    ):
         return None
+    return CalibratedPass(model, *chosen_and_facts(targets, by_module), config, Calibration.of(*data), progress)
+
+
+def chosen_and_facts(
+    targets: list[Target], by_module: dict[int, families.Family]
+) -> tuple[Chosen, dict[int, tuple[ScaleFold, ...]]]:
+    """The linears to quantize, and the scale folds of their families, as the pass over calibration data takes them."""
     chosen = {target.name: (target.module, target.bits) for target in targets if target.module is not None}
-    facts = {key: family.folds for key, family in by_module.items() if family.folds}
-    return CalibratedPass(model, chosen, facts, config, Calibration.of(*data), progress)
+    return chosen, {key: family.folds for key, family in by_module.items() if family.folds}
 
 
 def convert_foreign(
@@ -63,8 +73,8 @@ def convert_all(
     """Quantize linears and put the int4 ones in their places, one after another."""
     done = 0
     try:
-        for target, weight in _weights(targets, config, progress, calibrated):
-            report.linears.append(_replace(target, weight, config))
+        for target, result in _results(targets, config, progress, calibrated):
+            report.linears.append(_replace(target, result, config))
             done += 1
     except Exception as error:
         raise Int4Error(
@@ -75,36 +85,39 @@ def convert_all(
         report.notices += calibrated.notices
 
 
-def _weights(
+def _results(
     targets: list[Target], config: Int4Config, progress: bool | None, calibrated: CalibratedPass | None
-) -> Iterator[tuple[Target, Int4Weight]]:
-    """Every target with its quantized weight: those in blocks from the pass over data, then all others."""
+) -> Iterator[tuple[Target, Result]]:
+    """Every target with the result of rounding it: those in blocks from the pass over data, then all others."""
     by_name = {target.name: target for target in targets}
     if calibrated is not None:
-        for name, weight in calibrated.weights():
-            yield by_name.pop(name), weight
-    rounding = recipes.parse(config.recipe).rounding if calibrated is None else recipes.get("rtn")
+        for name, result in calibrated.results():
+            yield by_name.pop(name), result
+    recipe, nearest = recipes.parse(config.recipe), recipes.get("rtn")
+    rounding = recipe.rounding if calibrated is None else nearest
     show = progress if calibrated is None else False
     for target in track(list(by_name.values()), "linears", show=show):
         old = target.module
         assert old is not None
         assert isinstance(old.weight, Tensor)
         dense = old.weight.detach().t() if _scan.is_conv1d(old) else old.weight.detach()
-        recipe = rounding if target.bits == 4 else recipes.get("rtn")
-        yield target, recipe.quantize(dense, config, bits=target.bits, name=target.name)
+        stage = rounding if target.bits == 4 else nearest
+        found = stage.quantize(dense, config.weights, bits=target.bits, name=target.name)
+        yield target, recipe.checked(Result.of(found), dense.shape, target.name)
 
 
-def _replace(target: Target, quantized: Int4Weight, config: Int4Config) -> PatchedLinear:
+def _replace(target: Target, result: Result, config: Int4Config) -> PatchedLinear:
     """Put the new module into every place of a linear, and let go of the old one."""
     old = target.module
     assert old is not None
     assert isinstance(old.weight, Tensor)
     weight = old.weight.detach()
     before = weight.numel() * weight.element_size()
-    rows, inputs = quantized.codes.shape
+    rows, inputs = result.weight.codes.shape
     bias = old.bias if isinstance(old.bias, Tensor) else None
-    new = Int4Linear.from_weight(quantized, bias, compute=config.compute, dtype=weight.dtype)
+    new = Int4Linear.from_weight(result.weight, bias, compute=config.compute, dtype=weight.dtype)
+    extend(new, result.extras)
     _hooks.replace(old, new, target.places)
     target.module = None
     after = new.nbytes
-    return PatchedLinear(target.name, rows, inputs, target.bits, before, after, target.shared)
+    return PatchedLinear(target.name, rows, inputs, target.bits, before, after, target.shared, tuple(result.extras))

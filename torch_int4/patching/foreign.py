@@ -62,7 +62,7 @@ def convert(target: Foreign, config: Int4Config, report: PatchReport) -> None:
     if weight is None:  # codes that no kernel has
         dense = formats.dense_module(old, name=target.name)
         assert dense is not None
-        weight = recipes.get("rtn").quantize(dense, config, bits=4, name=target.name)
+        weight = recipes.get("rtn").quantize(dense, config.weights, bits=4, name=target.name)
     bias = getattr(old, "bias", None)
     dtype = _activation_dtype(old, bias)
     new = Int4Linear.from_weight(weight, _parameter(bias), compute=config.compute, dtype=dtype)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from torch_int4.config import Int4Config
+from torch_int4.nn.extended import extras_of
 from torch_int4.nn.linear import Int4Linear
 from torch_int4.patching import families
 from torch_int4.patching import scan as _scan
@@ -46,7 +47,8 @@ class PendingLinear(nn.Module):
         """The line of a report about the linear that took this place."""
         rows, inputs = self.shape
         bits = 8 if made.weight_type == "int8" else 4
-        return PatchedLinear(self.name, rows, inputs, bits, rows * inputs * self.dtype.itemsize, made.nbytes)
+        before = rows * inputs * self.dtype.itemsize
+        return PatchedLinear(self.name, rows, inputs, bits, before, made.nbytes, extras=tuple(extras_of(made)))
 
 
 def find_loadable(model: nn.Module, config: Int4Config) -> dict[str, int]:

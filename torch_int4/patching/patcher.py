@@ -21,6 +21,7 @@ from torch_int4.patching import fuse_attention as _attention
 from torch_int4.patching import fuse_layers as _block
 from torch_int4.patching import fuse_stack as _stack
 from torch_int4.patching import scan as _scan
+from torch_int4.patching import stages as _stages
 from torch_int4.patching import ties as _ties
 from torch_int4.patching.refusals import Refusals
 from torch_int4.patching.report import PatchReport
@@ -82,6 +83,17 @@ def patch(
         raise Int4Error(_nothing_to_do(model, skipped))
 
     calibrated = _convert.calibrated_pass(model, targets, config, by_module, (calibration, tokenizer), progress)
+    whole = _stages.whole_model(model, targets, foreign, config, calibrated)
+    if whole is not None and whole.recipe.preparing:
+        report.complete = False
+        model.torch_int4_report = report  # type: ignore[assignment]
+        whole.prepare()
+        with _stages.prepared():  # everything is looked for again
+            by_module = families.of_modules(model, given)
+            targets, skipped = _scan.find_targets(model, config, _scan.find_head(model, by_module[id(model)]))
+            embeddings, kept = _embedding.find(model, config, targets)
+            if calibrated is not None:
+                calibrated.capture(*_convert.chosen_and_facts(targets, by_module))
     if targets or foreign or embeddings or not report.complete:
         report.complete = False
         model.torch_int4_report = report  # type: ignore[assignment]
@@ -95,6 +107,8 @@ def patch(
             _ties.forget(model, ties, replaced)
         while embeddings:
             _embedding.store_bf16(*embeddings.pop(), report)
+        if whole is not None:
+            _stages.finish(whole, targets, report)
         arena.gather(module for module in model.modules() if isinstance(module, Int4Linear))
         if foreign:
             _foreign.forget_backend(model)

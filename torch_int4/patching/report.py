@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 
 from torch_int4.config import Int4Config
 
@@ -20,11 +21,16 @@ class PatchedLinear:
     bytes_before: int
     bytes_after: int
     shared: bool = False  # the float weight stays, because an embedding or another module uses it
+    extras: tuple[str, ...] = ()  # what it computes besides the product with its weight
 
     @property
     def weights(self) -> int:
         """How many weights it has."""
         return self.out_features * self.in_features
+
+    def measured(self, nbytes: int, extras: tuple[str, ...]) -> PatchedLinear:
+        """The same linear with other bytes after, and other extras."""
+        return replace(self, bytes_after=nbytes, extras=extras)
 
 
 @dataclass
@@ -97,6 +103,8 @@ class PatchReport:
         elif self.interfaces:
             lines.append("attention: by transformers' attention interface")
         lines += [f"not fused: {sentence}" for sentence in self.unfused]
+        for extra, count in Counter(extra for entry in self.linears for extra in entry.extras).items():
+            lines.append(f"{extra}: {count} linears compute it besides their product, outside of fused layers")
         for entry in self.linears:
             if entry.shared:
                 lines.append(f"{entry.name}: its float weight stays in memory, because another module uses it")

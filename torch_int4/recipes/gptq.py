@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_int4.config import Int4Config
+from torch_int4.config import WeightOptions
 from torch_int4.errors import Int4Error
 from torch_int4.recipes import rtn
 from torch_int4.recipes.parts.block import Inputs
@@ -27,20 +27,20 @@ DOUBLE = 4096  # up to so many inputs the inverse is computed in fp64, beyond on
 
 
 def quantize(
-    weight: Tensor, config: Int4Config, *, bits: int = 4, name: str = "weight", inputs: Inputs | None = None
+    weight: Tensor, options: WeightOptions, *, bits: int = 4, name: str = "weight", inputs: Inputs | None = None
 ) -> Int4Weight:
     """Quantize `weight` `[N, K]` for inputs with the given statistics.
 
     Raises:
         Int4Error: naming `name`: what `rtn` refuses, statistics that are missing, of another width or not finite.
     """
-    start = rtn.quantize(weight, config, bits=bits, name=name, inputs=inputs)
+    start = rtn.quantize(weight, options, bits=bits, name=name, inputs=inputs)
     if inputs is None or inputs.gram.shape[0] != weight.shape[1]:
         raise Int4Error(f"{name}: GPTQ needs the statistics of its {weight.shape[1]} inputs; give calibration data")
     order, factor = inverse_factor(inputs, name)
-    grid = Grid("symmetric" if config.symmetric or bits == 8 else config.zeros, bits)
+    grid = Grid("symmetric" if options.symmetric or bits == 8 else options.zeros, bits)
     s, z = grid_of(start)
-    size = weight.shape[1] if config.group_size == -1 else config.group_size
+    size = weight.shape[1] if options.group_size == -1 else options.group_size
     group = (order // size).tolist()
     # Transposed: an input's weights of all outputs lie side by side.
     w = weight.detach().float().t()[order].contiguous()

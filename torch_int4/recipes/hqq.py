@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torch_int4.config import Int4Config
+from torch_int4.config import WeightOptions
 from torch_int4.errors import Int4Error
 from torch_int4.recipes import rtn
 from torch_int4.recipes.gptq import grid_of
@@ -24,33 +24,33 @@ BETA, GROWTH = 10.0, 1.01
 ITERATIONS = 20
 
 
-def check(config: Int4Config) -> None:
+def check(options: WeightOptions) -> None:
     """Raise Int4Error where offsets are not floats."""
-    if config.symmetric or config.zeros != "float":
+    if options.symmetric or options.zeros != "float":
         raise Int4Error("Int4Config.recipe='hqq' finds float offsets: give symmetric=False, zeros='float' with it")
 
 
 def quantize(
-    weight: Tensor, config: Int4Config, *, bits: int = 4, name: str = "weight", inputs: Inputs | None = None
+    weight: Tensor, options: WeightOptions, *, bits: int = 4, name: str = "weight", inputs: Inputs | None = None
 ) -> Int4Weight:
     """Quantize `weight` `[N, K]`; statistics of inputs are not used. 8 bits are rounded to nearest.
 
     Raises:
         Int4Error: what `rtn` refuses.
     """
-    start = rtn.quantize(weight, config, bits=bits, name=name)
+    start = rtn.quantize(weight, options, bits=bits, name=name)
     if bits == 8:
         return start
     s, z = grid_of(start)
     grid, dense = Grid("float"), weight.detach().float()
     codes = torch.empty_like(start.codes)
-    for columns, groups, length in group_spans(weight.shape[1], config.group_size):
+    for columns, groups, length in group_spans(weight.shape[1], options.group_size):
         w = dense[:, columns].reshape(-1, length)
         scale = s[:, groups].reshape(-1, 1)
         zero = _solve(w, scale, z[:, groups].reshape(-1, 1), grid)
         z[:, groups] = zero.view(z[:, groups].shape)
         codes[:, columns] = grid.encode(w, scale, zero).to(torch.uint8).view(len(dense), -1)
-    return rtn.pack_up(codes, s, z, grid, config.group_size, name)
+    return rtn.pack_up(codes, s, z, grid, options.group_size, name)
 
 
 def _solve(w: Tensor, s: Tensor, start: Tensor, grid: Grid) -> Tensor:

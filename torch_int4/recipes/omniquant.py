@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_int4.config import Int4Config
+from torch_int4.config import WeightOptions
 from torch_int4.recipes import teq
 from torch_int4.recipes.parts.block import Block
 from torch_int4.recipes.parts.folds import Fold
@@ -30,14 +30,14 @@ PRESETS = {  # rates of the clipping and of the scales
 }
 
 
-def transform(block: Block, config: Int4Config) -> None:
+def transform(block: Block, options: WeightOptions) -> None:
     """Learn and fold the scales alone."""
-    teq.transform(block, config)
+    teq.transform(block, options)
 
 
-def quantize_block(block: Block, config: Int4Config) -> dict[str, Int4Weight]:
+def round(block: Block, options: WeightOptions) -> dict[str, Int4Weight]:
     """Train clipping, and scales where the block has folds left, and return the weights of its 4-bit linears."""
-    quants = fake_quants(block, config)
+    quants = fake_quants(block, options)
     ends = [(torch.full_like(q.low, START), torch.full_like(q.high, START)) for q in quants]
     logs = [torch.zeros(fold.channels) for fold in block.folds]
 
@@ -50,7 +50,7 @@ def quantize_block(block: Block, config: Int4Config) -> dict[str, Int4Weight]:
     if quants and block.batches:
         leaves = [end for pair in ends for end in pair]
         groups = (leaves, logs) if logs else (leaves,)
-        schedule = PRESETS[config.preset]
+        schedule = PRESETS[options.preset]
         schedule = schedule if logs else Schedule(schedule.steps, schedule.rates[:1])
         train(block, groups, parameters, schedule, _adamw)
         for fold, s in scales():

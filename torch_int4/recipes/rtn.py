@@ -2,15 +2,7 @@
 
 The grid of a group, where `extreme` is the signed weight of largest magnitude:
 
-    ===============  ===============  ======================================================================
-    field            grid             parameters of a group
-    ===============  ===============  ======================================================================
-    symmetric=True   w = s*(q - 8)    s = extreme / -8, so that the larger side may use -8 (as in GGUF Q4_0)
-    zeros="integer"  w = s*(q - z)    s = (max - min) / 15 with min <= 0 <= max, z = round(-min / s)
-    zeros="float"    w = s*q + m      s = (max - min) / 15, m = min (as in GGUF Q4_1)
-    bits=8           w = s*(q - 128)  s = absmax / 127, always symmetric
-    ===============  ===============  ======================================================================
-
+    ===============  ===============  ===============================================================
 Codes are computed with the scale and offset as they are stored (fp16 where it loses nothing that matters).
 Weights that already lie on such a grid, because they came out of a 4-bit file, are taken over exactly, also
 where a group uses only some of its 16 codes.
@@ -27,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torch_int4.config import Int4Config
+from torch_int4.config import WeightOptions
 from torch_int4.errors import Int4Error
 from torch_int4.recipes.parts.block import Inputs
 from torch_int4.recipes.parts.grid import Grid, is_fp16
@@ -40,7 +32,7 @@ Measure = Callable[[Tensor], Tensor]
 
 
 def quantize(
-    weight: Tensor, config: Int4Config, *, bits: int = 4, name: str = "weight", inputs: Inputs | None = None
+    weight: Tensor, options: WeightOptions, *, bits: int = 4, name: str = "weight", inputs: Inputs | None = None
 ) -> Int4Weight:
     """Quantize `weight`, `[N, K]` of any float dtype, to `bits` (4, or 8: always symmetric and without
     clipping). With `inputs`, the clip search minimises the error of the products instead of the weights'.
@@ -51,16 +43,16 @@ def quantize(
     """
     weight = weight.detach()
     check_weight(weight, bits, name)
-    grid = Grid("symmetric" if config.symmetric or bits == 8 else config.zeros, bits)
+    grid = Grid("symmetric" if options.symmetric or bits == 8 else options.zeros, bits)
     rows, width = weight.shape
-    size = config.group_size
+    size = options.group_size
     groups = 1 if size == -1 else -(-width // size)
     codes = torch.empty(rows, width, dtype=torch.uint8)
     scales = torch.empty(rows, groups)
     zeros = torch.empty_like(scales)
 
     exact = bits == 4 and _lies_on_grid(weight, size, grid)
-    clip = config.clip and bits == 4
+    clip = options.clip and bits == 4
     step = max(1, CHUNK // width)
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))

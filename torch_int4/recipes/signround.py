@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_int4.config import Int4Config
+from torch_int4.config import WeightOptions
 from torch_int4.recipes.parts.block import Block
 from torch_int4.recipes.parts.train import Schedule, fake_quants, rounded, train
 from torch_int4.weights.canonical import Int4Weight
@@ -41,9 +41,9 @@ class SignSGD(torch.optim.Optimizer):
                     parameter.sub_(parameter.grad.sign().nan_to_num_(0.0), alpha=group["lr"])
 
 
-def quantize_block(block: Block, config: Int4Config) -> dict[str, Int4Weight]:
+def round(block: Block, options: WeightOptions) -> dict[str, Int4Weight]:
     """Train the rounding of a block's 4-bit linears, and return their weights by name."""
-    quants = fake_quants(block, config, shift=True)
+    quants = fake_quants(block, options, shift=True)
     shifts = [quant.shift for quant in quants if quant.shift is not None]
     factors = [factor for quant in quants for factor in (quant.low, quant.high)]
 
@@ -58,5 +58,5 @@ def quantize_block(block: Block, config: Int4Config) -> dict[str, Int4Weight]:
             factor.clamp_(0.0, 1.0)
 
     if quants and block.batches:
-        train(block, (shifts, factors), lambda: rounded(quants, {}, ends), PRESETS[config.preset], SignSGD, clamp)
+        train(block, (shifts, factors), lambda: rounded(quants, {}, ends), PRESETS[options.preset], SignSGD, clamp)
     return {q.linear.name: q.freeze(q.linear.weight.float(), q.low, q.high) for q in quants}

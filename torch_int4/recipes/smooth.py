@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from torch_int4.config import Int4Config
+from torch_int4.config import WeightOptions
 from torch_int4.recipes.awq import normalise
 from torch_int4.recipes.parts.block import Block
 
 NEEDS_INPUTS = True
-ALONE: tuple[str, str, dict[str, Any]] = ("smooth", "rtn", {})
+ALONE: tuple[str, dict[str, Any]] = ("smooth+rtn", {})
 EXPONENT = 0.5
 LEAST = 1e-5  # of a range, relative to the largest: features that never occur keep a finite scale
 
 
-def transform(block: Block, config: Int4Config) -> None:
+def transform(block: Block, options: WeightOptions) -> None:
     """Fold the scales into every pair of modules that allows it."""
     for fold in block.folds:
         linears = [linear for target in fold.targets if (linear := block.linear_of(target)) is not None]

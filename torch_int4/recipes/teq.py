@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_int4.config import Int4Config
+from torch_int4.config import WeightOptions
 from torch_int4.recipes.parts.block import Block
 from torch_int4.recipes.parts.train import Schedule, fake_quants, folded, rounded, train
 
 FLOAT_TARGETS = True
-ALONE: tuple[str, str, dict[str, Any]] = ("teq", "rtn", {})
+ALONE: tuple[str, dict[str, Any]] = ("teq+rtn", {})
 PRESETS = {"light": Schedule(50, (0.1,)), "default": Schedule(200, (0.05,)), "best": Schedule(1000, (0.02,))}
 
 
-def transform(block: Block, config: Int4Config) -> None:
+def transform(block: Block, options: WeightOptions) -> None:
     """Train and fold the scales of a block."""
-    quants = fake_quants(block, config)
+    quants = fake_quants(block, options)
     logs = [torch.zeros(fold.channels) for fold in block.folds]
     if not logs or not quants or not block.batches:
         return
@@ -31,6 +31,6 @@ def transform(block: Block, config: Int4Config) -> None:
         scales = [(fold, log.exp()) for fold, log in zip(block.folds, logs, strict=True)]
         return rounded(quants, folded(block, scales), lambda i: (quants[i].low, quants[i].high))
 
-    train(block, (logs,), parameters, PRESETS[config.preset], torch.optim.Adam)
+    train(block, (logs,), parameters, PRESETS[options.preset], torch.optim.Adam)
     for fold, log in zip(block.folds, logs, strict=True):
         block.fold(fold, log.exp())

@@ -190,7 +190,7 @@ class _Tuner:
         start = time.monotonic()
         model = self.pristine.fresh()
         recipe = recipes.parse(config.recipe)
-        data = self.data if recipe.needs_calibration or recipe.configure(config).clip else None
+        data = self.data if recipe.needs_calibration or recipe.configure(config.weights).clip else None
         patch(model, config, calibration=data, progress=False)
         middle = time.monotonic()
         losses = {t.name: compare(t, self.base[t.name], t.scores(model)) for t in self.tasks}

@@ -51,7 +51,7 @@ def damage(model: Any, config: Int4Config, windows: Tensor, *, progress: bool | 
         assert parameter is not None
         before = parameter.data
         turned = not isinstance(module, nn.Linear)
-        rounded = rtn.quantize(before.t() if turned else before, config, name=target.name).dequantize()
+        rounded = rtn.quantize(before.t() if turned else before, config.weights, name=target.name).dequantize()
         parameter.data = (rounded.t() if turned else rounded).to(before.dtype)
         kl = task.scores(model).values.mean().item()
         parameter.data = before

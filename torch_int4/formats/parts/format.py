@@ -107,6 +107,27 @@ class Format(abc.ABC):
         """
         raise Int4Error(f"the format {self.name} is read, not written; save as compressed_tensors")
 
+    def describe_extras(self, counts: Mapping[str, int]) -> dict[str, Any]:
+        """Additions to the `quantization_config` of a model whose linears have extras beside their weights.
+
+        Args:
+            counts: {extra: how many linears have it}, not empty. Their tensors are in the state dict as they are, under
+                `<linear>.extras.<extra>.<tensor>`.
+
+        Raises:
+            Int4Error: readers of the format would not miss them, and give wrong answers.
+        """
+        extras = ", ".join(counts)
+        raise Int4Error(f"{sum(counts.values())} linears have extras ({extras}), which {self.name} cannot express")
+
+    def extras(self, config: Mapping[str, Any]) -> dict[str, int]:
+        """The counts of `describe_extras`, as a `quantization_config` holds them; none in most formats.
+
+        Raises:
+            Int4Error: they are damaged.
+        """
+        return {}
+
     def holds(self, module: nn.Module) -> bool:
         """Whether a live module was loaded by this format's own backend; no backend is imported to find out."""
         return False

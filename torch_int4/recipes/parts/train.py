@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_int4.config import Int4Config
+from torch_int4.config import WeightOptions
 from torch_int4.recipes.parts.block import Block, Linear, row_factors
 from torch_int4.recipes.parts.folds import Fold
 from torch_int4.recipes.parts.grid import Grid, round_fp16
@@ -42,9 +42,9 @@ class FakeQuant:
         shift: added to every weight before rounding, in steps, `[N, K]`; or None.
     """
 
-    def __init__(self, linear: Linear, config: Int4Config, *, shift: bool = False) -> None:
-        self.linear, self.size = linear, config.group_size
-        self.grid = Grid("symmetric" if config.symmetric else config.zeros)
+    def __init__(self, linear: Linear, options: WeightOptions, *, shift: bool = False) -> None:
+        self.linear, self.size = linear, options.group_size
+        self.grid = Grid("symmetric" if options.symmetric else options.zeros)
         rows, inputs = linear.weight.shape
         groups = 1 if self.size == -1 else -(-inputs // self.size)
         self.low, self.high = torch.ones(rows, groups), torch.ones(rows, groups)
@@ -140,9 +140,9 @@ def _straight_through(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor
     return x + (function(x) - x).detach() if x.requires_grad else function(x)
 
 
-def fake_quants(block: Block, config: Int4Config, *, shift: bool = False) -> list[FakeQuant]:
+def fake_quants(block: Block, options: WeightOptions, *, shift: bool = False) -> list[FakeQuant]:
     """One for every 4-bit linear of a block."""
-    return [FakeQuant(linear, config, shift=shift) for linear in block.linears if linear.bits == 4]
+    return [FakeQuant(linear, options, shift=shift) for linear in block.linears if linear.bits == 4]
 
 
 def folded(block: Block, scales: Sequence[tuple[Fold, Tensor]]) -> dict[str, Tensor]:
