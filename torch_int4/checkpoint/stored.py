@@ -13,8 +13,8 @@ from torch_int4 import formats
 from torch_int4.config import Int4Config
 from torch_int4.errors import Int4Error
 from torch_int4.formats import Format, Settings
+from torch_int4.nn.dense import linear_names
 from torch_int4.nn.linear import Int4Linear, written_by
-from torch_int4.patching.loading import all_linears
 
 BLOCK = "torch_int4"  # in a `quantization_config`: the fields of the Int4Config
 SOURCE = "source"  # in a `quantization_config` of ours: that of another tool, whose files are read
@@ -79,4 +79,4 @@ def _write(model: nn.Module, config: Int4Config, form: Format) -> tuple[dict[str
 
     with written_by(tensors):
         state = model.state_dict()
-    return state, {**form.describe(written, all_linears(model)), BLOCK: config.to_dict()}
+    return state, {**form.describe(written, linear_names(model)), BLOCK: config.to_dict()}

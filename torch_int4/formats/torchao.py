@@ -25,7 +25,6 @@ from torch_int4.formats.parts import checks as _checks
 from torch_int4.formats.parts.format import Format, Settings
 from torch_int4.weights import nibbles
 from torch_int4.weights.canonical import Int4Weight
-from torch_int4.weights.types import INT4
 
 PREFIX = "_weight_"
 FIELDS = ("qdata", "scale", "zero_point")
@@ -157,7 +156,7 @@ def _read_opaque(qdata: Tensor, scale_and_zero: Tensor, shape: tuple[int, int], 
 def _around_eight(codes: Tensor, scales: Tensor, middle: Tensor, size: int, name: str) -> Int4Weight:
     """w = scale * (code - 8) + middle, as scale * code + offset in fp32."""
     scales, middle = scales.float().contiguous(), middle.float().contiguous()
-    return _checks.serve(Int4Weight(codes, scales, offsets=middle - INT4.zero * scales, group_size=size), name)
+    return _checks.serve(Int4Weight(codes, scales, offsets=middle - 8 * scales, group_size=size), name)
 
 
 FORMAT = TorchAo()

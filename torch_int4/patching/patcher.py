@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from torch_int4.calibration.run import CalibratedPass
 from torch_int4.config import Int4Config
 from torch_int4.errors import Int4Error
 from torch_int4.nn.linear import Int4Linear
@@ -19,11 +20,10 @@ from torch_int4.patching import foreign as _foreign
 from torch_int4.patching import fuse_attention as _attention
 from torch_int4.patching import fuse_layers as _block
 from torch_int4.patching import fuse_stack as _stack
-from torch_int4.patching import scan as _scan
 from torch_int4.patching import ties as _ties
+from torch_int4.patching.plan import Foreign, Plan, Survey, Target, decide
 from torch_int4.patching.report import PatchReport
-from torch_int4.patching.scan import Target
-from torch_int4.weights import arena
+from torch_int4.weights.arena import return_memory
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -69,44 +69,59 @@ def patch(
     if not isinstance(model, nn.Module):
         raise Int4Error(f"patch() needs a torch.nn.Module; got {type(model).__name__}")
     report = _previous_report(model, config) or PatchReport(config)
+    return carry_out(decide(Survey(model, given), config), report, (calibration, tokenizer), progress)
 
-    by_module = families.of_modules(model, given)
-    targets, skipped = _scan.find_targets(model, config, _scan.find_head(model, by_module[id(model)]))
-    foreign = _foreign.find(model, config)
-    taken = {name for target in foreign for name in target.names}
-    skipped = [entry for entry in skipped if entry[0] not in taken]
-    embeddings, kept = _embedding.find(model, config, targets)
-    if not targets and not foreign and not any(isinstance(m, Int4Linear) for m in model.modules()):
-        raise Int4Error(_nothing_to_do(model, skipped))
 
-    calibrated = _convert.calibrated_pass(model, targets, config, by_module, (calibration, tokenizer), progress)
-    if targets or foreign or embeddings or not report.complete:
-        report.complete = False
-        model.torch_int4_report = report  # type: ignore[assignment]
-        ties = _ties.record(model)
-        try:
-            _convert.convert_foreign(foreign, config, report, progress)
-            _convert.convert_all(targets, config, report, progress, calibrated)
-        finally:  # also after a failure the rest has to stay consistent
-            done: list[Target | _foreign.Foreign] = [*targets, *foreign]
-            replaced = {name for target in done if target.module is None for name in target.names}
-            _ties.forget(model, ties, replaced)
-        while embeddings:
-            _embedding.store_bf16(*embeddings.pop(), report)
-        arena.gather(module for module in model.modules() if isinstance(module, Int4Linear))
-        if foreign:
-            _foreign.forget_backend(model)
-        report.merged += _merge(model, by_module)
-        fused, interfaces = _attention.fuse(model, by_module, config)
-        report.fused += fused
-        report.interfaces += interfaces
-        report.blocks += _block.fuse(model, by_module)
-        _stack.fuse(model)
-        report.skipped = skipped + kept
-        report.complete = True
-        _make_saveable(model, config)
-        arena.return_memory()
+def carry_out(
+    plan: Plan, report: PatchReport, data: tuple[Any, Any] = (None, None), progress: bool | None = None
+) -> Any:
+    """Do what a plan says, fuse what can be fused, and return the model.
+
+    Args:
+        plan: of a model that nothing was done to since it was surveyed.
+        report: what was done to the model before; it is written on.
+        data: calibration and tokenizer, as `patch` gets them.
+        progress: as there.
+
+    Raises:
+        Int4Error: as `patch` says.
+    """
+    survey, config = plan.survey, plan.config
+    model = survey.model
+    if not (plan.targets or plan.foreign or survey.holds_int4 or report.linears):
+        raise Int4Error(_nothing_to_do(model, plan.skipped))
+    calibrated = _convert.calibrated_pass(plan, data, progress)
+    if plan.changes_nothing and report.complete:
+        return model
+    report.complete = False
+    model.torch_int4_report = report  # type: ignore[assignment]
+    _replace_linears(plan, report, calibrated, progress)
+    while plan.embeddings:
+        _embedding.store_bf16(*plan.embeddings.pop(), report)
+    if plan.foreign:
+        _foreign.forget_backend(model)
+    report.merged += _merge(model, survey.families)
+    fused, interfaces = _attention.fuse(model, survey.families, config)
+    report.fused += fused
+    report.interfaces += interfaces
+    report.blocks += _block.fuse(model, survey.families)
+    _stack.fuse(model)
+    report.skipped = plan.skipped + plan.kept
+    report.complete = True
+    _make_saveable(model, config)
+    return_memory()
     return model
+
+
+def _replace_linears(plan: Plan, report: PatchReport, calibrated: CalibratedPass | None, progress: bool | None) -> None:
+    model, memory = plan.survey.model, plan.arena().take
+    ties = _ties.record(model)
+    try:
+        _convert.convert_foreign(plan, report, memory, progress)
+        _convert.convert_all(plan, report, memory, progress, calibrated)
+    finally:  # also after a failure the rest has to stay consistent
+        done: list[Target | Foreign] = [*plan.targets, *plan.foreign]
+        _ties.forget(model, ties, {name for target in done if target.module is None for name in target.names})
 
 
 def _previous_report(model: nn.Module, config: Int4Config) -> PatchReport | None:
@@ -163,6 +178,6 @@ def _may_merge(linear: Int4Linear) -> bool:
 
 def _make_saveable(model: nn.Module, config: Int4Config) -> None:
     if "transformers" in sys.modules:  # else there is nothing of theirs
-        from torch_int4.hf import make_saveable
+        from torch_int4.checkpoint.saving import make_saveable
 
         make_saveable(model, config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from torch_int4.config import Int4Config
+from torch_int4.weights.types import BITS
 
 MB = 1e6
 
@@ -77,7 +78,7 @@ class PatchReport:
 
     def __str__(self) -> str:
         lines = []
-        for bits in (4, 8):
+        for bits in BITS:
             chosen = self._chosen(bits)
             if chosen:
                 ratio = self.bytes_after(bits) / self.bytes_bf16(bits)
