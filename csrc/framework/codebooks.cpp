@@ -1,7 +1,6 @@
 #include "framework/codebooks.h"
 
 #include <math.h>
-#include <string.h>
 
 namespace torch_int4 {
 namespace {
@@ -18,6 +17,8 @@ Codebook make(const float (&values)[16], float step) {
   }
   return book;
 }
+
+}  // namespace
 
 // NormalFloat4 of QLoRA (arXiv 2305.14314, appendix E): quantiles of the normal distribution, scaled to [-1, 1]. In int8
 // they are off by at most 0.4 % of the largest; compute="fp32" and "bf16" use them as they are.
@@ -36,19 +37,5 @@ const Codebook kFp4 =
 const Codebook kBnbFp4 = make({0.f, 1.f / 192, 2.f / 3, 1.f, 1.f / 3, 1.f / 2, 1.f / 6, 1.f / 4,  //
                                -0.f, -1.f / 192, -2.f / 3, -1.f, -1.f / 3, -1.f / 2, -1.f / 6, -1.f / 4},
                               1.f / 96);
-
-constexpr struct {
-  const char* name;
-  const Codebook* book;
-} kBooks[] = {{"nf4", &kNf4}, {"fp4", &kFp4}, {"bnb_fp4", &kBnbFp4}};
-
-}  // namespace
-
-const Codebook* find_codebook(const char* name) {
-  for (const auto& known : kBooks) {
-    if (!strcmp(name, known.name)) return known.book;
-  }
-  return nullptr;
-}
 
 }  // namespace torch_int4

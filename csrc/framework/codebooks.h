@@ -1,10 +1,9 @@
-// The named code books: 16 values each, as weights of type kBook look them up.
+// The code books: 16 values each, as weights of type kBook look them up. Their names are in framework/types.h.
 #pragma once
 #include "kernels/kernel.h"
 
 namespace torch_int4 {
 
-// "nf4", "fp4" (E2M1) or "bnb_fp4"; null for any other name.
-const Codebook* find_codebook(const char* name);
+extern const Codebook kNf4, kFp4, kBnbFp4;
 
 }  // namespace torch_int4

@@ -103,9 +103,9 @@ struct AmxInt8 {
         const uint8_t* codes = w.codes + panel * w.panel_bytes();
         for (int64_t b = 0; b < w.blocks; ++b) {
           const int64_t slabs = smaller(w.block, w.padded_inputs - b * w.block) / kSlab;
-          const uint8_t* weights = T == WeightType::kInt8 ? codes : unpacked;
+          const uint8_t* weights = code_bits(T) == 8 ? codes : unpacked;
           for (int64_t s = 0; s < slabs; ++s, codes += slab_bytes(T)) {
-            if constexpr (T != WeightType::kInt8) V::unpack<T>(codes, unpacked + s * kSlab * kPanelRows, w.book);
+            if constexpr (code_bits(T) < 8) V::unpack<T>(codes, unpacked + s * kSlab * kPanelRows, w.book);
           }
           const auto group =
               Loops::load_group(w, w.scale_type, (panel * w.groups + b / w.blocks_per_group()) * kPanelRows);

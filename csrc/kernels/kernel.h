@@ -16,20 +16,18 @@
 #pragma once
 #include <stdint.h>
 
+#include "kernels/types.h"
+
 namespace torch_int4 {
 
-constexpr int kPanelRows = 16;  // output rows of a panel
-constexpr int kLineBytes = 64;  // one cache line
-constexpr int kSlab = 32;       // inputs that kernels step by; K is padded to it
 constexpr int kMaxBlock = 128;  // inputs that share one activation scale, at most
 
 enum class DType : int { kF32, kBF16, kF16 };
 constexpr int element_bytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
-enum class WeightType : int { kInt4, kInt8, kBook };
 enum class ScaleType : int { kF16, kF32, kE8M0 };  // E8M0: a power of two, 2^(byte - 127)
 enum class Norm : int { kRms, kLayer };
 enum class Activation : int { kSilu, kGelu, kGeluTanh };
-enum class Offset : int { kSymmetric, kInteger, kFloat };  // zero = 2^(bits-1); uint8 zeros; w = q*scale + offset
+enum class Offset : int { kSymmetric, kInteger, kFloat };  // zero_point(type); uint8 zeros; w = q*scale + offset
 
 // 16 values, in float and as step * (code - 128), which is step * weight.
 struct Codebook {
@@ -53,7 +51,7 @@ struct PackedWeight {
   const Codebook* book;  // of kBook, else null
 
   int64_t panels() const { return (out_features + kPanelRows - 1) / kPanelRows; }
-  int64_t panel_bytes() const { return padded_inputs * kPanelRows / (type == WeightType::kInt8 ? 1 : 2); }
+  int64_t panel_bytes() const { return padded_inputs / kSlab * slab_bytes(type); }
   int64_t blocks_per_group() const { return (group + block - 1) / block; }
 };
 

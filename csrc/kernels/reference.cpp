@@ -10,10 +10,11 @@ namespace torch_int4 {
 namespace {
 
 int code(const PackedWeight& w, int64_t panel, int lane, int64_t k) {
-  const uint8_t* line = w.codes + panel * w.panel_bytes();
-  if (w.type == WeightType::kInt8) return line[(k / 4) * kLineBytes + lane * 4 + k % 4];
-  const int byte = line[(k / 8) * kLineBytes + lane * 4 + k % 4];
-  return k % 8 < 4 ? byte & 15 : byte >> 4;
+  const uint8_t* codes = w.codes + panel * w.panel_bytes();
+  return with_type(w.type, [&](auto type) {
+    const Place at = place_of(type, lane, k);
+    return (codes[at.byte] >> at.shift) & code_mask(type);
+  });
 }
 
 struct GroupParameters {

@@ -80,8 +80,6 @@ inline float load_parameter(const void* stream, ScaleType type, int64_t i) {
   return load_element(stream, type == ScaleType::kF32 ? DType::kF32 : DType::kF16, i);
 }
 
-inline int zero_point(WeightType type) { return type == WeightType::kInt4 ? 8 : 128; }
-
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 }  // namespace

@@ -10,11 +10,11 @@
 #include <tuple>
 #include <vector>
 
-#include "framework/codebooks.h"
 #include "framework/dispatch.h"
 #include "framework/linear.h"
 #include "framework/memory.h"
 #include "framework/pack.h"
+#include "framework/types.h"
 #include "ops/weights.h"
 
 namespace torch_int4 {
@@ -22,8 +22,9 @@ namespace {
 
 using Packed = std::tuple<Tensor, Tensor, Tensor>;
 
-Packed pack(const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros, const OptionalTensor& offsets,
-            int64_t group_size, std::string type) {
+// The shape of what canonical tensors become when they are packed.
+PackedWeight check_canonical(const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros,
+                             const OptionalTensor& offsets, int64_t group_size, const std::string& type) {
   STD_TORCH_CHECK(codes.dim() == 2, "torch_int4: codes must be [out_features, in_features]");
   STD_TORCH_CHECK(!(zeros && offsets), "torch_int4: give zeros or offsets, not both");
   PackedWeight shape = make_shape(codes.size(0), codes.size(1), group_size, type);
@@ -35,29 +36,59 @@ Packed pack(const Tensor& codes, const Tensor& scales, const OptionalTensor& zer
   check_tensor(scales, "scales", scales.scalar_type(), "float16, float32 or uint8", per_group);
   if (zeros) check_tensor(*zeros, "zeros", ScalarType::Byte, "uint8", per_group);
   if (offsets) check_tensor(*offsets, "offsets", scales.scalar_type(), "of the type of the scales", per_group);
-  const auto* data = static_cast<const uint8_t*>(codes.const_data_ptr());
-  if (shape.type != WeightType::kInt8) {
+  const int bits = code_bits(shape.type), largest = code_mask(shape.type);
+  if (bits < 8) {
+    const auto* data = static_cast<const uint8_t*>(codes.const_data_ptr());
     uint8_t seen = 0;
     for (int64_t i = 0; i < shape.out_features * shape.in_features; ++i) seen |= data[i];
-    STD_TORCH_CHECK(seen < 16, "torch_int4: codes of a 4-bit weight must be from 0 to 15");
+    STD_TORCH_CHECK(seen <= largest, "torch_int4: codes of a ", bits, "-bit weight must be from 0 to ", largest);
   }
+  return shape;
+}
 
-  Tensor weight = torch::stable::new_empty(codes, {shape.panels(), shape.panel_bytes() / kLineBytes, kLineBytes});
-  auto* packed = static_cast<uint8_t*>(weight.mutable_data_ptr());
-  advise_huge_pages(packed, size_t(shape.panels() * shape.panel_bytes()));
+void fill_panels(const Tensor& codes, const PackedWeight& shape, Tensor& packed) {
+  const auto* data = static_cast<const uint8_t*>(codes.const_data_ptr());
+  auto* panels = static_cast<uint8_t*>(packed.mutable_data_ptr());
   // The same split over threads as in linear(): each page is first touched by the thread that will read it.
   torch::stable::parallel_for(0, shape.panels(), 1,
-                              [&](int64_t begin, int64_t end) { pack_codes(data, shape, begin, end, packed); });
+                              [&](int64_t begin, int64_t end) { pack_codes(data, shape, begin, end, panels); });
+}
+
+void fill_stream(const Tensor& values, const PackedWeight& shape, Tensor& stream) {
+  pack_parameters(values.const_data_ptr(), int(values.element_size()), shape, stream.mutable_data_ptr());
+}
+
+Packed pack(const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros, const OptionalTensor& offsets,
+            int64_t group_size, std::string type) {
+  const PackedWeight shape = check_canonical(codes, scales, zeros, offsets, group_size, type);
   const std::vector<int64_t> streams{shape.panels(), shape.groups, kPanelRows};
+  Tensor packed = torch::stable::new_empty(codes, {shape.panels(), shape.panel_bytes() / kLineBytes, kLineBytes});
+  advise_huge_pages(packed.mutable_data_ptr(), size_t(shape.panels() * shape.panel_bytes()));
+  fill_panels(codes, shape, packed);
   const auto pack_stream = [&](const Tensor& values) {
     Tensor stream = torch::stable::new_empty(values, streams);
-    pack_parameters(values.const_data_ptr(), int(values.element_size()), shape, stream.mutable_data_ptr());
+    fill_stream(values, shape, stream);
     return stream;
   };
   Tensor packed_offsets = zeros     ? pack_stream(*zeros)
                           : offsets ? pack_stream(*offsets)
                                     : torch::stable::new_empty(scales, {0});
-  return {weight, pack_stream(scales), packed_offsets};
+  return {packed, pack_stream(scales), packed_offsets};
+}
+
+void pack_into(const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros, const OptionalTensor& offsets,
+               Tensor packed, Tensor packed_scales, OptionalTensor packed_offsets, int64_t group_size,
+               std::string type) {
+  const PackedWeight shape = check_canonical(codes, scales, zeros, offsets, group_size, type);
+  const OptionalTensor& given = zeros ? zeros : offsets;
+  const PackedWeight target =
+      view_weight(packed, packed_scales, packed_offsets, shape.out_features, shape.in_features, group_size, type);
+  STD_TORCH_CHECK(target.scale_type == shape.scale_type && target.offset == shape.offset,
+                  "torch_int4: packed_scales and packed_offsets must be of the types of the scales and of the zeros or "
+                  "offsets, and be there if those are");
+  fill_panels(codes, shape, packed);
+  fill_stream(scales, shape, packed_scales);
+  if (given) fill_stream(*given, shape, *packed_offsets);
 }
 
 Packed unpack(const Tensor& weight, const Tensor& scales, const OptionalTensor& offsets, int64_t out_features,
@@ -105,10 +136,10 @@ std::vector<Tensor> int4_linears(const Tensor& x, std::vector<Tensor> weights, s
 }
 
 Tensor codebook(std::string name) {
-  const Codebook* book = find_codebook(name.c_str());
-  STD_TORCH_CHECK(book, "torch_int4: there is no code book '", name, "'");
+  const NamedType* type = find_type(name);
+  STD_TORCH_CHECK(type && type->book, "torch_int4: there is no code book '", name, "'");
   Tensor values = torch::stable::empty({16}, ScalarType::Float);
-  memcpy(values.mutable_data_ptr(), book->values, sizeof book->values);
+  memcpy(values.mutable_data_ptr(), type->book->values, sizeof type->book->values);
   return values;
 }
 
@@ -133,6 +164,9 @@ STABLE_TORCH_LIBRARY(torch_int4, m) {
       "pack(Tensor codes, Tensor scales, Tensor? zeros=None, Tensor? offsets=None, *, int group_size, "
       "str weight_type=\"int4\") -> (Tensor, Tensor, Tensor)");
   m.def(
+      "pack_into(Tensor codes, Tensor scales, Tensor? zeros, Tensor? offsets, Tensor(a!) packed, "
+      "Tensor(b!) packed_scales, Tensor(c!)? packed_offsets, *, int group_size, str weight_type=\"int4\") -> ()");
+  m.def(
       "unpack(Tensor weight, Tensor scales, Tensor? offsets, *, int out_features, int in_features, int group_size, "
       "str weight_type=\"int4\") -> (Tensor, Tensor, Tensor)");
   m.def(
@@ -155,6 +189,7 @@ STABLE_TORCH_LIBRARY(torch_int4, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(torch_int4, CPU, m) {
   m.impl("pack", TORCH_BOX(&pack));
+  m.impl("pack_into", TORCH_BOX(&pack_into));
   m.impl("unpack", TORCH_BOX(&unpack));
   m.impl("dequantize", TORCH_BOX(&dequantize_op));
   m.impl("int4_linear", TORCH_BOX(&int4_linear));

@@ -2,6 +2,8 @@
 // loops over Python objects that every token waits for, and that take the interpreter several times as long.
 #include <Python.h>
 
+#include "framework/types.h"
+
 namespace {
 
 // Whether all arguments are lists, as long as the first; sets the exception that says so otherwise.
@@ -71,7 +73,39 @@ PyObject* attributes_are(PyObject*, PyObject* arguments) {
   Py_RETURN_TRUE;
 }
 
+// A row of the table of weight types; a code book takes the place of the zero point.
+PyObject* describe(const torch_int4::NamedType& named) {
+  const int bits = torch_int4::code_bits(named.type), inputs = torch_int4::line_inputs(named.type);
+  if (!named.book) return Py_BuildValue("siiiO", named.name, bits, inputs, torch_int4::zero_point(named.type), Py_None);
+  PyObject* values = PyTuple_New(1 << bits);
+  if (!values) return nullptr;
+  for (int i = 0; i < 1 << bits; ++i) {
+    PyObject* value = PyFloat_FromDouble(double(named.book->values[i]));
+    if (!value || PyTuple_SetItem(values, i, value)) {
+      Py_DECREF(values);
+      return nullptr;
+    }
+  }
+  return Py_BuildValue("siiON", named.name, bits, inputs, Py_None, values);
+}
+
+PyObject* weight_types(PyObject*, PyObject*) {
+  PyObject* rows = PyTuple_New(torch_int4::kNamedTypeCount);
+  for (int i = 0; rows && i < torch_int4::kNamedTypeCount; ++i) {
+    PyObject* row = describe(torch_int4::kNamedTypes[i]);
+    if (!row || PyTuple_SetItem(rows, i, row)) {
+      Py_DECREF(rows);
+      return nullptr;
+    }
+  }
+  return rows;
+}
+
 PyMethodDef functions[] = {
+    {"weight_types", weight_types, METH_NOARGS,
+     "weight_types()\n--\n\n"
+     "The table of weight types: a tuple of (name, bits of a code, inputs of a line, zero point or None, values of the "
+     "code book or None)."},
     {"entries_are", entries_are, METH_VARARGS,
      "entries_are(dicts, keys, values)\n--\n\n"
      "Whether dicts[i].get(keys[i]) is values[i] for all i; arguments are lists of the same length."},
@@ -89,4 +123,13 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, functions, n
 
 }  // namespace
 
-extern "C" PyMODINIT_FUNC PyInit__C(void) { return PyModule_Create(&definition); }
+extern "C" PyMODINIT_FUNC PyInit__C(void) {
+  PyObject* module = PyModule_Create(&definition);
+  if (!module || PyModule_AddIntConstant(module, "PANEL_ROWS", torch_int4::kPanelRows) ||
+      PyModule_AddIntConstant(module, "LINE_BYTES", torch_int4::kLineBytes) ||
+      PyModule_AddIntConstant(module, "SLAB", torch_int4::kSlab)) {
+    Py_XDECREF(module);
+    return nullptr;
+  }
+  return module;
+}

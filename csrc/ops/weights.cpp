@@ -1,7 +1,7 @@
 #include "ops/weights.h"
 
-#include "framework/codebooks.h"
 #include "framework/dispatch.h"
+#include "framework/types.h"
 
 namespace torch_int4 {
 namespace {
@@ -9,12 +9,10 @@ namespace {
 constexpr int64_t kMaxGroup = 1024;
 constexpr int64_t kMaxFeatures = (int64_t(1) << 31) - 1;  // so that products of sizes fit in 64 bits
 
-WeightType weight_type(const std::string& name) {
-  if (name == "int4") return WeightType::kInt4;
-  if (name == "int8") return WeightType::kInt8;
-  STD_TORCH_CHECK(find_codebook(name.c_str()),
-                  "torch_int4: weight_type must be 'int4', 'int8', 'nf4', 'fp4' or 'bnb_fp4', not '", name, "'");
-  return WeightType::kBook;
+const NamedType& weight_type(const std::string& name) {
+  const NamedType* found = find_type(name);
+  STD_TORCH_CHECK(found, "torch_int4: weight_type must be one of ", type_names(), "; not '", name, "'");
+  return *found;
 }
 
 }  // namespace
@@ -52,8 +50,9 @@ PackedWeight make_shape(int64_t out_features, int64_t in_features, int64_t group
   PackedWeight w{};
   w.out_features = out_features;
   w.in_features = in_features;
-  w.type = weight_type(type);
-  w.book = find_codebook(type.c_str());
+  const NamedType& named = weight_type(type);
+  w.type = named.type;
+  w.book = named.book;
   w.padded_inputs = (in_features + kSlab - 1) / kSlab * kSlab;
   w.group = group_size == -1 || group_size > w.padded_inputs ? w.padded_inputs : group_size;
   w.groups = (w.padded_inputs + w.group - 1) / w.group;

@@ -12,7 +12,8 @@ from typing import Protocol
 from torch import Tensor
 
 from torch_int4 import Int4Linear, Int4Weight, ops
-from torch_int4.weights import arena
+from torch_int4.weights.arena import Arena, Size
+from torch_int4.weights.packed import PackedWeight
 
 
 class Contestant(Protocol):
@@ -67,7 +68,7 @@ def copies_of(nbytes: int, rotate: int) -> int:
 
 def ours(weight: Int4Weight, rotate: int) -> list[Int4Linear]:
     """Copies of a weight as `patch` leaves them: packed, small ones side by side."""
-    first = Int4Linear.from_weight(weight)
-    copies = [first, *(Int4Linear.from_weight(weight) for _ in range(copies_of(first.nbytes, rotate) - 1))]
-    arena.gather(copies)
-    return copies
+    size = Size.of(weight)
+    sizes = [size] * copies_of(size.nbytes, rotate)
+    memory = Arena(sizes)
+    return [Int4Linear(PackedWeight.pack(weight, memory.take)) for _ in sizes]

@@ -15,6 +15,8 @@ from torch_int4 import Int4Linear
 from torch_int4.evals.bench.points import WeightPoint
 from torch_int4.evals.bench.run import random_weight
 from torch_int4.evals.bench.shapes import Shape, linears
+from torch_int4.weights.arena import Arena, Size
+from torch_int4.weights.packed import PackedWeight
 
 SPREAD = 0.02  # standard deviation of weights
 
@@ -62,12 +64,15 @@ def int4(shape: Shape, dtype: torch.dtype, context: int, *, group_size: int, **o
     """
     model = shape.skeleton(context)
     drawn: dict[tuple[int, int], torch_int4.Int4Weight] = {}
-    for name, old in list(linears(model)):
+    places = list(linears(model))
+    memory = Arena(Size(old.out_features, old.in_features, group_size, "int4") for _, old in places)
+    for name, old in places:
         size = old.out_features, old.in_features
         if size not in drawn:
             drawn[size] = random_weight(WeightPoint(*size, group_size, "symmetric"))
         bias = None if old.bias is None else torch.zeros(old.out_features, dtype=dtype)
-        new = Int4Linear.from_weight(drawn[size], bias, compute=options.get("compute", "int8"), dtype=dtype)
+        packed = PackedWeight.pack(drawn[size], memory.take)
+        new = Int4Linear(packed, bias, compute=options.get("compute", "int8"), dtype=dtype)
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, new)
     drawn.clear()

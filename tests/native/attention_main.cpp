@@ -11,8 +11,8 @@
 
 #include "framework/attention.h"
 #include "framework/dispatch.h"
-#include "kernels/scalar.h"
 #include "guarded.h"
+#include "kernels/scalar.h"
 
 using namespace torch_int4;
 

@@ -10,8 +10,8 @@
 #include "framework/codebooks.h"
 #include "framework/linear.h"
 #include "framework/pack.h"
-#include "kernels/scalar.h"
 #include "guarded.h"
+#include "kernels/scalar.h"
 
 using namespace torch_int4;
 
@@ -49,8 +49,8 @@ PackedWeight shape_of(const Case& c) {
   w.type = c.type;
   w.offset = c.offset;
   w.scale_type = c.scale_type;
-  const char* const books[] = {"nf4", "fp4", "bnb_fp4"};
-  if (c.type == WeightType::kBook) w.book = find_codebook(books[c.rows % 3]);
+  const Codebook* const books[] = {&kNf4, &kFp4, &kBnbFp4};
+  if (c.type == WeightType::kBook) w.book = books[c.rows % 3];
   w.padded_inputs = (c.in_features + kSlab - 1) / kSlab * kSlab;
   w.group = c.group == -1 || c.group > w.padded_inputs ? w.padded_inputs : c.group;
   w.groups = (w.padded_inputs + w.group - 1) / w.group;

@@ -17,6 +17,7 @@ import torch_int4
 from torch_int4 import Int4Config, Int4Error, Int4Linear, patch
 from torch_int4.recipes import rtn
 from torch_int4.weights import panel_files as panels
+from torch_int4.weights.packed import FIELDS
 
 FULL = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 KINDS = [
@@ -38,12 +39,18 @@ def linears():
     return made
 
 
+def held(weights):
+    """Linears of mapped weights, for activations in the type that those of `linears` are for."""
+    dtypes = {name: torch.float32 if name == "ordered" else torch.bfloat16 for name in weights}
+    return {name: Int4Linear(weight, dtype=dtypes[name]) for name, weight in weights.items()}
+
+
 def written(folder, name="x.safetensors"):
     made = linears()
     writer = panels.PanelWriter(folder, name, made)
     for key, linear in made.items():
-        writer.add(key, linear)
-    return made, writer.finish()
+        writer.add(key, linear.packed_weight)
+    return made, held(writer.finish())
 
 
 def assert_same(made, mapped):
@@ -62,7 +69,7 @@ def assert_same(made, mapped):
 def test_every_kind_of_weight_is_mapped_bit_by_bit(tmp_path):
     made, mapped = written(tmp_path / "new")
     assert_same(made, mapped)
-    assert_same(made, panels.map_file(tmp_path / "new" / "x.safetensors"))
+    assert_same(made, held(panels.map_file(tmp_path / "new" / "x.safetensors")))
     assert os.listdir(tmp_path / "new") == ["x.safetensors"]
 
 
@@ -71,7 +78,7 @@ def test_the_file_is_safetensors_with_aligned_tensors(tmp_path):
     with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
         keys = {key for key in file.keys() if not key.startswith(".")}  # noqa: SIM118
         assert torch.equal(file.get_tensor("ordered.packed"), made["ordered"].packed)
-    assert keys == {f"{n}.{f}" for n, m in made.items() for f in panels._FIELDS if getattr(m, f) is not None}
+    assert keys == {f"{n}.{f}" for n, m in made.items() for f in FIELDS if getattr(m, f) is not None}
     for module in mapped.values():
         assert module.packed.data_ptr() % 64 == 0
         assert module.packed_scales.data_ptr() % 64 == 0
@@ -87,12 +94,12 @@ def test_a_file_without_a_name_lives_as_long_as_its_mapping(tmp_path):
 def test_writing_to_a_mapped_weight_does_not_reach_the_file(tmp_path):
     made, mapped = written(tmp_path)
     mapped["ordered"].packed.fill_(7)
-    assert_same(made, panels.map_file(tmp_path / "x.safetensors"))
+    assert_same(made, held(panels.map_file(tmp_path / "x.safetensors")))
 
 
 def test_an_unfinished_file_leaves_nothing(tmp_path):
     writer = panels.PanelWriter(tmp_path, "x", ["a"])
-    writer.add("a", linears()["ordered"])
+    writer.add("a", linears()["ordered"].packed_weight)
     writer.discard()
     assert os.listdir(tmp_path) == []
 

@@ -14,9 +14,9 @@ from torch_int4 import formats, recipes
 from torch_int4.config import Int4Config
 from torch_int4.errors import Int4Error
 from torch_int4.formats import Format, Settings
+from torch_int4.nn.dense import linear_names
 from torch_int4.nn.extended import extras_of
 from torch_int4.nn.linear import Int4Linear, written_by
-from torch_int4.patching.loading import all_linears
 
 BLOCK = "torch_int4"  # in a `quantization_config`: the fields of the Int4Config
 SOURCE = "source"  # in a `quantization_config` of ours: that of another tool, whose files are read
@@ -119,7 +119,7 @@ def _write(model: nn.Module, config: Int4Config, form: Format) -> tuple[dict[str
 
     with written_by(tensors):
         state = model.state_dict()
-    description = form.describe(written, all_linears(model))
+    description = form.describe(written, linear_names(model))
     counts = Counter(extra for name in written for extra in extras_of(model.get_submodule(name)))
     if counts:
         description |= form.describe_extras(counts)

@@ -25,6 +25,7 @@ from torch_int4.formats.parts import checks as _checks
 from torch_int4.formats.parts import flat as _flat
 from torch_int4.formats.parts.format import Format, Settings
 from torch_int4.formats.parts.safetensors import parse_json
+from torch_int4.weights import nibbles
 from torch_int4.weights.canonical import Int4Weight
 
 STATE = "weight.quant_state.bitsandbytes__"
@@ -131,7 +132,8 @@ def _read_blocks(tensors: Mapping[str, Tensor], settings: Settings, shape: tuple
         raise Int4Error(
             f"{name}.weight: holds {raw.numel()} bytes, and {rows} x {inputs} codes take {rows * inputs // 2}"
         )
-    codes = torch.stack((raw >> 4, raw & 15), dim=-1).flatten()[: rows * inputs].view(rows, inputs)
+    low, high = nibbles.low_high(raw)
+    codes = torch.stack((high, low), dim=-1).flatten()[: rows * inputs].view(rows, inputs)
     return _Blocks(codes, _read_absmax(tensors, state, _flat.count(shape, block), name), block)
 
 

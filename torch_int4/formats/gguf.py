@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from torch_int4.errors import Int4Error
-from torch_int4.formats.parts import bits as _bits
 from torch_int4.formats.parts import checks as _checks
 from torch_int4.formats.parts.format import Format, Settings
+from torch_int4.weights import nibbles
 from torch_int4.weights.canonical import Int4Weight
 
 IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -196,7 +196,7 @@ def _half(blocks: Tensor, at: int) -> Tensor:
 
 def _halves(packed: Tensor) -> Tensor:
     """uint8 `[N, blocks, 16]` to `[N, blocks * 32]`: all low nibbles of a block, then all high ones."""
-    return torch.cat((packed & 15, packed >> 4), dim=-1).flatten(1)
+    return torch.cat(nibbles.low_high(packed), dim=-1).flatten(1)
 
 
 def _fifth_bits(blocks: Tensor, at: int) -> Tensor:
@@ -251,7 +251,7 @@ def _q5_k(blocks: Tensor) -> Int4Weight:
 def _iq4_xs(blocks: Tensor) -> Int4Weight:
     high = blocks[..., 2:4].contiguous().view(torch.int16).int() & 0xFFFF
     high = (high >> torch.arange(0, 16, 2, dtype=torch.int32)) & 3
-    low = _bits.split_nibbles(blocks[..., 4:8]).int()
+    low = nibbles.split(blocks[..., 4:8]).int()
     scales = _half(blocks, 0).float()[..., None] * ((low | (high << 4)) - 32)
     codes = _halves(blocks[..., 8:].unflatten(-1, (8, 16)).flatten(1, 2))
     return Int4Weight(_iq4_codes(codes), scales.flatten(1), bits=8)
@@ -264,7 +264,7 @@ def _iq4_codes(codes: Tensor) -> Tensor:
 def _k_nibbles(packed: Tensor) -> Tensor:
     """uint8 `[N, blocks, 128]` to `[N, blocks * 256]`: of each 32 bytes the low nibbles, then the high ones."""
     parts = packed.unflatten(-1, (4, 32))
-    return torch.stack((parts & 15, parts >> 4), dim=-2).flatten(1)
+    return torch.stack(nibbles.low_high(parts), dim=-2).flatten(1)
 
 
 def _k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -275,8 +275,9 @@ def _k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """
     packed = blocks[..., 4:16]
     first, second, third = packed[..., 0:4], packed[..., 4:8], packed[..., 8:12]
-    scales = torch.cat((first & 63, (third & 15) | ((first >> 6) << 4)), dim=-1)
-    minima = torch.cat((second & 63, (third >> 4) | ((second >> 6) << 4)), dim=-1)
+    low, high = nibbles.low_high(third)
+    scales = torch.cat((first & 63, nibbles.pair(low, first >> 6)), dim=-1)
+    minima = torch.cat((second & 63, nibbles.pair(high, second >> 6)), dim=-1)
     d, dmin = _half(blocks, 0).float(), _half(blocks, 2).float()
     return (d[..., None] * scales).flatten(1), -(dmin[..., None] * minima).flatten(1)
 

@@ -21,6 +21,7 @@ from torch_int4.errors import Int4Error
 from torch_int4.formats.parts import checks as _checks
 from torch_int4.formats.parts import flat as _flat
 from torch_int4.formats.parts.format import Format, Settings
+from torch_int4.weights import nibbles
 from torch_int4.weights.canonical import Int4Weight
 
 PACKINGS = {4: "4bit_u8", 8: "8bit_u8"}
@@ -128,7 +129,8 @@ def _unpack(tensors: Mapping[str, Tensor], bits: int, shape: tuple[int, int], na
     if rows % 2:
         raise Int4Error(f"{name}.W_q: {rows} groups cannot share bytes in pairs")
     packed = _checks.take(tensors, "W_q", name, (torch.uint8,), (rows // 2, columns))
-    return torch.cat((packed >> 4, packed & 15))
+    low, high = nibbles.low_high(packed)
+    return torch.cat((high, low))
 
 
 def _affine(tensors: Mapping[str, Tensor], shape: tuple[int, int], name: str) -> tuple[Tensor, Tensor]:

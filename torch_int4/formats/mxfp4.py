@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from torch_int4.errors import Int4Error
-from torch_int4.formats.parts import bits as _bits
 from torch_int4.formats.parts import checks as _checks
 from torch_int4.formats.parts.format import Format, Settings
+from torch_int4.weights import nibbles
 from torch_int4.weights.canonical import Int4Weight
 
 GROUP = 32
@@ -72,7 +72,7 @@ class Mxfp4(Format):
         exponents = _checks.take(tensors, scales, name, (torch.uint8,), (rows, inputs // GROUP))
         if bool((exponents == 255).any()):
             raise Int4Error(f"{name}.{scales}: holds NaN (255), so the checkpoint is damaged")
-        values = _bits.split_nibbles(packed.reshape(rows, -1))
+        values = nibbles.split(packed.reshape(rows, -1))
         return _checks.serve(Int4Weight(values, exponents.contiguous(), group_size=GROUP, codebook="fp4"), name)
 
 

@@ -7,7 +7,7 @@ Per linear of N outputs and K inputs, with G groups:
     int4_offsets  [N, G] in the scales' dtype; neither when symmetric
     int4_perm     int64 [K], when columns are permuted
     int4_layout   int64 [5]: bits, group size, code book (0 none, else 1 + its place in `CODEBOOKS`), N, K
-The meaning of each is that of `Int4Weight`.
+The meaning of each is that of `Int4Weight`; `CODEBOOKS` are the code books in the table of `weights/types.py`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torch_int4.errors import Int4Error
 from torch_int4.formats.parts.format import Format, Settings
-from torch_int4.weights.canonical import CODEBOOKS, SCALE_DTYPES, Int4Weight
+from torch_int4.weights import nibbles
+from torch_int4.weights.canonical import SCALE_DTYPES, Int4Weight
+from torch_int4.weights.types import BITS, CODEBOOKS
 
 VERSION = 1
 WITH_EXTRAS = 2  # of models whose linears have extras, which readers of version 1 would leave out
@@ -62,8 +64,7 @@ class Native(Format):
         if (rows, inputs) != shape:
             raise Int4Error(f"{name}.int4_layout: says {[rows, inputs]}, but the model's linear is {list(shape)}")
         codes = _tensor(tensors, "codes", name, (torch.uint8,), (rows, -(-inputs // 2) if bits == 4 else inputs))
-        if bits == 4:
-            codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)[:, :inputs].contiguous()
+        codes = nibbles.restored(codes, bits, inputs)
         groups = 1 if size == -1 else -(-inputs // size)
         scales = _tensor(tensors, "scales", name, SCALE_DTYPES, (rows, groups))
         fields: dict[str, Tensor] = {}
@@ -79,10 +80,7 @@ class Native(Format):
     def write(self, weight: Int4Weight, settings: Settings, *, name: str) -> dict[str, Tensor]:
         """Every weight can be written."""
         weight.validate(name)
-        codes = weight.codes
-        if weight.bits == 4:
-            padded = nn.functional.pad(codes, (0, codes.shape[1] % 2))
-            codes = padded[:, 0::2] | (padded[:, 1::2] << 4)
+        codes = nibbles.stored(weight.codes, weight.bits)
         book = 0 if weight.codebook is None else 1 + CODEBOOKS.index(weight.codebook)
         layout = (weight.bits, weight.group_size, book, weight.out_features, weight.in_features)
         tensors = {"codes": codes, "scales": weight.scales, "layout": torch.tensor(layout)}
@@ -111,7 +109,7 @@ class Native(Format):
 def _layout(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
     layout = tuple(int(value) for value in _tensor(tensors, "layout", name, (torch.int64,), (5,)).tolist())
     bits, size, book, rows, inputs = layout
-    if bits not in (4, 8) or not (size == -1 or 0 < size <= 1 << 20) or not 0 <= book <= len(CODEBOOKS):
+    if bits not in BITS or not (size == -1 or 0 < size <= 1 << 20) or not 0 <= book <= len(CODEBOOKS):
         raise Int4Error(f"{name}.int4_layout: {list(layout)} is no bits, group size and code book")
     if rows < 1 or inputs < 1:
         raise Int4Error(f"{name}.int4_layout: says {[rows, inputs]}, which is no shape of a weight")

@@ -23,6 +23,7 @@ from torch_int4.errors import Int4Error
 from torch_int4.formats.parts import bits as _bits
 from torch_int4.formats.parts import checks as _checks
 from torch_int4.formats.parts.format import Format, Settings
+from torch_int4.weights import nibbles
 from torch_int4.weights.canonical import Int4Weight
 
 PREFIX = "_weight_"
@@ -103,7 +104,7 @@ def _group_size(groups: int, inputs: int, name: str) -> int:
 def _read_packed(tensors: Mapping[str, Tensor], shape: tuple[int, int], name: str) -> Int4Weight:
     rows, inputs = shape
     packed = _checks.take(tensors, PREFIX + "qdata", name, (torch.int8, torch.uint8), (rows, -(-inputs // 2)))
-    codes = _bits.trim(_bits.split_nibbles(packed.contiguous().view(torch.uint8)), inputs, name) ^ 8
+    codes = _bits.trim(nibbles.split(packed.contiguous().view(torch.uint8)), inputs, name) ^ 8
     scales = _checks.floats(tensors, PREFIX + "scale", name)
     if scales.dim() != 2 or scales.shape[1] != rows:
         raise Int4Error(f"{name}.{PREFIX}scale: must have shape [groups, {rows}], got {list(scales.shape)}")
@@ -144,9 +145,9 @@ def _read_opaque(qdata: Tensor, scale_and_zero: Tensor, shape: tuple[int, int], 
     source = torch.zeros(rows * inputs, dtype=torch.int64)
     for digit in range(-(-(rows * inputs - 1).bit_length() // 4)):
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(((places >> (4 * digit)) & 15).contiguous(), 1)
-        source |= _bits.split_nibbles(packed.reshape(-1)).long() << (4 * digit)
+        source |= nibbles.split(packed.reshape(-1)).long() << (4 * digit)
     codes = torch.empty(rows * inputs, dtype=torch.uint8)
-    codes[source] = _bits.split_nibbles(qdata.reshape(-1))
+    codes[source] = nibbles.split(qdata.reshape(-1))
     scales, middle = scale_and_zero[..., 0].t(), scale_and_zero[..., 1].t()
     size = _group_size(scale_and_zero.shape[0], inputs, name)
     return _around_eight(codes.view(shape), scales, middle, size, name)

@@ -19,21 +19,27 @@ from torch_int4.hf._extras import StoredExtras
 from torch_int4.hf._keys import Names
 from torch_int4.nn.extended import extend
 from torch_int4.nn.linear import Int4Linear
-from torch_int4.patching.loading import PendingLinear, all_linears, find_loadable, put_pending, replace
+from torch_int4.patching.loading import PendingLinear, find_loadable, put_pending, replace
+from torch_int4.patching.plan import Survey, offsets_of
 from torch_int4.patching.report import PatchedLinear
 from torch_int4.weights import panel_files as panels
+from torch_int4.weights import types
+from torch_int4.weights.arena import Arena, Size
+from torch_int4.weights.packed import Memory, PackedWeight
 from torch_int4.weights.result import Extra, Result
+from torch_int4.weights.types import INT4
 
 
 @dataclass
-class Plan:
+class Reading:
     """What has to be read for the linears of a model.
 
     Attributes:
         source: the checkpoint's tensors.
-        pending: {module: its placeholder in the model}.
+        pending: {module: its placeholder in the model}, in the order of the model.
         keys: {module: {suffix: name in the checkpoint}}; a float weight has the suffix "weight" alone.
         result: makes the canonical weight of one linear from its tensors; extras too where it is rounded.
+        size: the size that the packed weight of one linear is expected to have.
         stored: the extras of linears whose weights are stored.
     """
 
@@ -41,11 +47,12 @@ class Plan:
     pending: dict[str, PendingLinear]
     keys: dict[str, dict[str, str]]
     result: Callable[[PendingLinear, Mapping[str, Tensor]], Result]
+    size: Callable[[PendingLinear], Size]
     stored: StoredExtras | None = None
     _rounded: dict[str, Mapping[str, Extra]] = field(default_factory=dict)
 
-    def linear(self, name: str) -> Int4Linear:
-        """One linear, read and packed, without its bias and its extras.
+    def packed(self, name: str, memory: Memory | None) -> PackedWeight:
+        """The weight of one linear without its extras, read and packed, in memory of its own unless some is given.
 
         Raises:
             Int4Error: naming the tensors and their file.
@@ -56,7 +63,7 @@ class Plan:
             result = self.result(pending, tensors)
             del tensors
             self._rounded[name] = result.extras
-            return Int4Linear.from_weight(result.weight, dtype=pending.dtype)
+            return PackedWeight.pack(result.weight, memory)
         except (Int4Error, RuntimeError) as error:
             files = sorted({self.source.file(key) for key in keys.values()})
             raise Int4Error(f"{error} (in {', '.join(files)})") from error
@@ -68,13 +75,13 @@ class Plan:
         return self._rounded.pop(name, {})
 
     def all_keys(self) -> list[str]:
-        """Every tensor of the checkpoint that the plan reads."""
+        """Every tensor of the checkpoint that is read here."""
         stored = [] if self.stored is None else self.stored.all_keys()
         return [key for found in self.keys.values() for key in found.values()] + stored
 
 
-def plan_quantization(model: nn.Module, config: Int4Config, source: Checkpoint, names: Names) -> Plan:
-    """A plan for a checkpoint of float weights; linears that it cannot read one by one are left alone.
+def plan_quantization(survey: Survey, config: Int4Config, source: Checkpoint, names: Names) -> Reading:
+    """How to read a checkpoint of float weights; linears that it cannot read one by one are left alone.
 
     Raises:
         Int4Error: the recipe needs more than the weight itself.
@@ -90,8 +97,8 @@ def plan_quantization(model: nn.Module, config: Int4Config, source: Checkpoint, 
             f"Int4Config.recipe={config.recipe!r}: works on the model as a whole, so it cannot run while weights are "
             "loaded; load the model in float, patch(model, config), then save_pretrained"
         )
-    bits = find_loadable(model, config)
-    wanted = {f"{name}.weight": name for name in bits}
+    model, kinds = survey.model, find_loadable(survey, config)
+    wanted = {f"{name}.weight": name for name in kinds}
     found: dict[str, str] = {}
     for key in source:
         target = names.target(key) if key.endswith("weight") else None
@@ -108,28 +115,31 @@ def plan_quantization(model: nn.Module, config: Int4Config, source: Checkpoint, 
                 f"{key} in {source.file(key)}: has shape {list(source.shape(key))}, but {name}.weight of the model is "
                 f"{list(shapes[name])}; config.json and the weights do not belong together"
             )
-    pending = put_pending(model, {name: bits[name] for name in bits if name in found})
+    pending = put_pending(survey, {name: kind for name, kind in kinds.items() if name in found})
 
     def result(place: PendingLinear, tensors: Mapping[str, Tensor]) -> Result:
         dense = tensors["weight"].to(place.dtype)
         if place.transposed:
             dense = dense.t()
-        stage = recipe.rounding if place.bits == 4 else recipes.get("rtn")
-        made = stage.quantize(dense, recipe.configure(config.weights), bits=place.bits, name=place.name)
+        stage = recipe.rounding if place.kind is INT4 else recipes.get("rtn")
+        made = stage.quantize(dense, recipe.configure(config.weights), bits=place.kind.bits, name=place.name)
         return recipe.checked(Result.of(made), place.shape, place.name)
 
-    return Plan(source, pending, {name: {"weight": found[name]} for name in pending}, result)
+    def size(place: PendingLinear) -> Size:
+        return Size(*place.shape, config.group_size, place.kind.name, offsets_of(place.kind, config))
+
+    return Reading(source, pending, {name: {"weight": found[name]} for name in pending}, result, size)
 
 
-def plan_reading(model: nn.Module, how: Stored, source: Checkpoint, names: Names, config: Int4Config) -> Plan:
-    """A plan for a checkpoint that is quantized already. What lies on no grid of kernels is rounded again, by `config`.
+def plan_reading(survey: Survey, how: Stored, source: Checkpoint, names: Names, config: Int4Config) -> Reading:
+    """How to read a quantized checkpoint. What lies on no grid of kernels is rounded again, by `config`.
 
     Raises:
         Int4Error: naming a quantized tensor without a linear, or a linear without a weight.
     """
     form, settings = how.form, how.settings
     keys: dict[str, dict[str, str]] = {}
-    known = set(all_linears(model))
+    known = {held.name for held in survey.linears.values()}
     where = ", ".join(source.files)
     try:
         quantized = form.linears(source, settings)
@@ -147,75 +157,70 @@ def plan_reading(model: nn.Module, how: Stored, source: Checkpoint, names: Names
         if name in keys:
             raise Int4Error(f"{example} in {source.file(example)}: is a second quantized weight of {name}")
         keys[name] = found
-    missing = names.missing(model, source, keys)
+    missing = names.missing(survey.model, source, keys)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise Int4Error(f"{missing[0]}{more}: neither in float nor quantized in {where}; a shard may be missing")
-    pending = put_pending(model, dict.fromkeys(keys, settings.bits))
+    kind = types.find(settings.bits)
+    assert kind is not None
+    pending = put_pending(survey, dict.fromkeys(keys, kind))
 
     def result(place: PendingLinear, tensors: Mapping[str, Tensor]) -> Result:
         if form.on_grid(settings):
             return Result(form.read(tensors, settings, shape=place.shape, name=place.name))
         dense = form.read_dense(tensors, settings, shape=place.shape, name=place.name)
-        return Result(recipes.get("rtn").quantize(dense, config.weights, bits=4, name=place.name))
+        return Result(recipes.get("rtn").quantize(dense, config.weights, bits=INT4.bits, name=place.name))
+
+    def size(place: PendingLinear) -> Size:
+        return Size(*place.shape, settings.group_size, place.kind.name, None if settings.symmetric else "integer")
 
     shapes = {name: place.shape for name, place in pending.items()}
     kinds = recipes.parse(config.recipe).extras
     stored = StoredExtras.find(source, names.target, shapes, kinds, how.extras) if how.extras else None
-    return Plan(source, pending, keys, result, stored)
+    return Reading(source, pending, keys, result, size, stored)
 
 
-def fill(model: nn.Module, plan: Plan, config: Int4Config, cached: str | None) -> list[PatchedLinear]:
-    """Put every linear of a plan into its place, one after the other.
+def fill(model: nn.Module, reading: Reading, config: Int4Config, cached: str | None) -> list[PatchedLinear]:
+    """Read every linear and put it into its place, one after the other.
 
     Those that the model's device map gives to the disk are mapped from a file instead of held in memory. With a cache
     of panels all of them are, and are neither read nor packed where the cache has them.
 
     Args:
         model: with its placeholders.
-        plan: of the linears.
+        reading: of the linears.
         config: of the model.
         cached: the key of the model's panels, where a cache is wanted.
     """
+    pending = reading.pending
     folder = panels.cache_folder() if cached is not None else None
     if folder is not None:
         with contextlib.suppress(Int4Error):
             known = panels.map_file(folder / f"{cached}.safetensors")
-            if set(known) == set(plan.pending):
-                return [_settle(model, plan, known[name], name, config) for name in plan.pending]
-    to_disk = {name for name in plan.pending if folder is not None or _is_on_disk(model, name)}
+            if set(known) == set(pending):
+                return [_settle(model, reading, known[name], name, config) for name in pending]
+    to_disk = {name for name in pending if folder is not None or _is_on_disk(model, name)}
+    memory = Arena(reading.size(place) for name, place in pending.items() if name not in to_disk).take
     if not to_disk:
-        return [_settle(model, plan, plan.linear(name), name, config) for name in plan.pending]
-    return _fill_through_file(
-        model,
-        plan,
-        config,
-        to_disk,
-        panels.PanelWriter(
-            folder or panels.default_folder(), None if folder is None else f"{cached}.safetensors", to_disk
-        ),
-    )
-
-
-def _fill_through_file(
-    model: nn.Module, plan: Plan, config: Int4Config, to_disk: set[str], writer: panels.PanelWriter
-) -> list[PatchedLinear]:
+        return [_settle(model, reading, reading.packed(name, memory), name, config) for name in pending]
+    file = None if folder is None else f"{cached}.safetensors"
+    writer = panels.PanelWriter(folder or panels.default_folder(), file, to_disk)
     entries = {}
     try:
-        for name in plan.pending:
-            made = plan.linear(name)
+        for name in pending:
+            made = reading.packed(name, None if name in to_disk else memory)
             if name in to_disk:
                 writer.add(name, made)
             else:
-                entries[name] = _settle(model, plan, made, name, config)
+                entries[name] = _settle(model, reading, made, name, config)
             del made
         for name, mapped in writer.finish().items():
-            entries[name] = _settle(model, plan, mapped, name, config)
+            entries[name] = _settle(model, reading, mapped, name, config)
     except OSError as error:
         raise panels.trouble(writer.folder, error) from error
     finally:
         writer.discard()
-    return [entries[name] for name in plan.pending]
+    return [entries[name] for name in pending]
 
 
 def _is_on_disk(model: nn.Module, name: str) -> bool:
@@ -224,10 +229,9 @@ def _is_on_disk(model: nn.Module, name: str) -> bool:
     return bool(holders) and str(devices[max(holders, key=len)]) == "disk"
 
 
-def _settle(model: nn.Module, plan: Plan, made: Int4Linear, name: str, config: Int4Config) -> PatchedLinear:
-    """Put a packed linear into the place that was kept for it, with its extras and the bias that was loaded there."""
-    pending = plan.pending[name]
-    extend(made, plan.extras(name))
+def _settle(model: nn.Module, reading: Reading, weight: PackedWeight, name: str, config: Int4Config) -> PatchedLinear:
+    """Put a packed weight, in a linear with its extras, into the place that was kept for it, with the bias there."""
+    pending = reading.pending[name]
     bias = pending._parameters.get("bias")
     hook: Any = getattr(pending, "_hf_hook", None)
     if bias is not None and bias.is_meta and hook is not None:  # accelerate keeps it on the disk
@@ -235,8 +239,8 @@ def _settle(model: nn.Module, plan: Plan, made: Int4Linear, name: str, config: I
         bias = nn.Parameter(torch.as_tensor(values["bias"]).to(bias.dtype)) if values is not None else bias
     if bias is not None and bias.is_meta:
         raise Int4Error(f"{pending.name}.bias: was not loaded; the checkpoint lacks it")
-    made.register_parameter("bias", bias)
-    made.compute, made.compute_dtype = config.compute, pending.dtype
+    made = Int4Linear(weight, bias, compute=config.compute, dtype=pending.dtype)
+    extend(made, reading.extras(name))
     made.train(pending.training)
     replace(model, pending.name, made)
     return pending.entry(made)

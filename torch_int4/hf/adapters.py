@@ -109,13 +109,14 @@ def requantize(dense: Tensor, like: Int4Linear, *, name: str = "weight") -> Int4
     Raises:
         Int4Error: naming `name`: the linear has a code book, or values are not finite.
     """
-    if like.weight_type not in ("int4", "int8"):
+    kind = like.packed_weight.type
+    if kind.book is not None:
         raise Int4Error(f"{name}: there is no rounding to the code book {like.weight_type!r}; leave it unmerged")
     offsets = like.packed_offsets
     integer = offsets is None or offsets.dtype == torch.uint8
     zeros = "integer" if integer else "float"
     options = WeightOptions(group_size=like.group_size, symmetric=offsets is None, zeros=zeros)
     ordered = dense if like.perm is None else dense[:, like.perm]
-    result = rtn.quantize(ordered, options, bits=8 if like.weight_type == "int8" else 4, name=name)
+    result = rtn.quantize(ordered, options, bits=kind.bits, name=name)
     result.perm = like.perm
     return result

@@ -14,11 +14,12 @@ from torch_int4.checkpoint.stored import Stored, StoredConfig
 from torch_int4.config import OF_RUNNING, Int4Config
 from torch_int4.errors import Int4Error
 from torch_int4.formats.parts.files import Checkpoint
-from torch_int4.hf._fill import Plan, fill, plan_quantization, plan_reading
+from torch_int4.hf._fill import Reading, fill, plan_quantization, plan_reading
 from torch_int4.hf._keys import Names
 from torch_int4.nn.linear import Int4Linear
 from torch_int4.patching.loading import leave_floats, leave_hooked
-from torch_int4.patching.patcher import patch
+from torch_int4.patching.patcher import carry_out
+from torch_int4.patching.plan import Survey, decide
 from torch_int4.patching.report import PatchReport
 from torch_int4.weights import panel_files as panels
 
@@ -28,7 +29,7 @@ class Int4Quantizer(HfQuantizer):
 
     Placeholders stand for the linears while transformers loads, places and ties everything else. After that each
     weight is read from its file, quantized (or taken over from an int4 format), packed and put into its place; then
-    `patch` does what it does to any model: it merges linears, fuses attention, converts what was left.
+    the model is patched as any other is: what was left is converted, linears are merged, attention is fused.
     """
 
     requires_calibration = False
@@ -45,7 +46,8 @@ class Int4Quantizer(HfQuantizer):
                 "checkpoint was not written by save_pretrained"
             )
         self._files: list[Any] | None = None
-        self._plan: Plan | None = None
+        self._survey: Survey | None = None
+        self._reading: Reading | None = None
         self._names: Names | None = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -74,45 +76,48 @@ class Int4Quantizer(HfQuantizer):
         """Takes the linears that are read here out of transformers' hands, before it looks for their weights."""
         files, self._files = self._files, None
         if files is not None and Checkpoint.serves(files):
-            self._names = Names(model, weight_conversions)
+            self._names, self._survey = Names(model, weight_conversions), Survey(model)
             source = Checkpoint(files)
             if self.stored is not None:
-                self._plan = plan_reading(model, self.stored, source, self._names, self.quantization_config)
+                config = self.quantization_config
+                self._reading = plan_reading(self._survey, self.stored, source, self._names, config)
             else:
-                self._plan = plan_quantization(model, self.quantization_config, source, self._names)
-            self._names.ignore(model, self._plan.all_keys())
+                self._reading = plan_quantization(self._survey, self.quantization_config, source, self._names)
+            self._names.ignore(model, self._reading.all_keys())
         elif self.stored is not None:
             raise Int4Error("a quantized checkpoint must be safetensors files; pickled ones are not read")
         return super().update_weight_conversions(weight_conversions, model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        plan, self._plan = self._plan, None
+        survey, self._survey = self._survey, None
+        reading, self._reading = self._reading, None
         config = self.quantization_config
         report = PatchReport(config)
-        if plan is not None and self._names is not None:
-            report.linears = fill(model, plan, config, self._key(plan))
-            plan.source.close()
+        if reading is not None and self._names is not None:
+            report.linears = fill(model, reading, config, self._key(reading))
+            reading.source.close()
             self._names.heed(model)
+        if survey is None or survey.model is not model or not survey.holds():
+            survey = Survey(model)
         if self.stored is not None and self.stored.foreign:
-            config = leave_floats(model, config)
-        config = leave_hooked(model, config)
+            config = leave_floats(survey, config)
+        config = leave_hooked(survey, config)
         report.config = config
-        model.torch_int4_report = report
-        patch(model, config, progress=False)
+        carry_out(decide(survey, config), report, progress=False)
         model.config.quantization_config = config
         return model
 
-    def _key(self, plan: Plan) -> str | None:
+    def _key(self, reading: Reading) -> str | None:
         """The key of this model's panels; None where none are kept."""
         folder = panels.cache_folder()
         if folder is None or (self.stored is None and recipes.parse(self.quantization_config.recipe).extras):
             return None  # panels hold no extras, and those of weights that are rounded here would be found anew
-        made = {name: [*place.shape, place.bits, str(place.dtype)] for name, place in plan.pending.items()}
+        made = {name: [*place.shape, place.kind.bits, str(place.dtype)] for name, place in reading.pending.items()}
         how = {} if self.stored is None else asdict(self.stored.settings)
         if self.stored is None or not self.stored.form.on_grid(self.stored.settings):
             how |= self.quantization_config.to_dict()
         kept = {key: value for key, value in how.items() if key not in OF_RUNNING}
-        return panels.key_of(plan.source.files, [metadata.version("torch-int4"), kept, made, plan.keys], folder)
+        return panels.key_of(reading.source.files, [metadata.version("torch-int4"), kept, made, reading.keys], folder)
 
     def is_serializable(self) -> bool:
         """Yes: models that were loaded save themselves as patched ones do."""

@@ -64,7 +64,8 @@ def provide_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         return None
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *module.parameters())):
         return None
-    name = cache_argument(type(module))
+    kind: Any = type(module)
+    name = cache_argument(kind)
     if name is None:
         return None
     return args, {**kwargs, name: Int4Cache(config, dtype=getattr(module, SETTING))}

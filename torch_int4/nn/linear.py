@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from torch_int4 import ops
 from torch_int4.errors import Int4Error
 from torch_int4.ops.calls import call
+from torch_int4.weights import nibbles, types
 from torch_int4.weights.canonical import Int4Weight
+from torch_int4.weights.packed import FIELDS, PackedWeight
 
 if TYPE_CHECKING:
     from torch_int4.nn.shared_input import SharedInput
 
 COMPUTE = ("int8", "int8x2", "bf16", "fp32")
-PACKED = ("packed", "packed_scales", "packed_offsets")
+PACKED = FIELDS[:3]  # names of the buffers that `perm` is no part of
 
 
 class Int4Linear(nn.Linear):
@@ -34,74 +36,53 @@ class Int4Linear(nn.Linear):
     packed_scales: Tensor
     packed_offsets: Tensor | None
     perm: Tensor | None
-    mapped = False  # whether the packed tensors lie in a file, whose pages processes share
 
-    def __init__(self, weight: Int4Weight, bias: Tensor | None = None, *, compute: str = "int8") -> None:
+    def __init__(
+        self,
+        weight: Int4Weight | PackedWeight,
+        bias: Tensor | None = None,
+        *,
+        compute: str = "int8",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Packs a canonical weight, or takes over a packed one as it is.
+
+        Args:
+            weight: of the linear.
+            bias: `[out_features]`, float; a parameter stays the same parameter.
+            compute: arithmetic of the products, see `Int4Config.compute`.
+            dtype: of the activations that adapters are made for; by default the bias's, or float32.
+
+        Raises:
+            Int4Error: `compute` is none, or the tensors of a packed weight are not those of one.
+        """
         if compute not in COMPUTE:
             raise Int4Error(f"compute must be one of {', '.join(COMPUTE)}, not {compute!r}")
         nn.Module.__init__(self)  # not nn.Linear's: it would allocate a dense weight
-        self.out_features, self.in_features = weight.codes.shape
-        self.group_size, self.compute = weight.group_size, compute
-        self.weight_type = weight.codebook or f"int{weight.bits}"
-        self.compute_dtype = torch.float32 if bias is None else bias.dtype  # what PEFT gives its adapters
+        held = weight.check() if isinstance(weight, PackedWeight) else PackedWeight.pack(weight)
+        self.out_features, self.in_features = held.out_features, held.in_features
+        self.group_size, self.weight_type, self.compute = held.group_size, held.weight_type, compute
+        # What PEFT gives its adapters.
+        self.compute_dtype = dtype or (torch.float32 if bias is None else bias.dtype)
         self._shared: SharedInput | None = None
         self.register_parameter("weight", None)
         if bias is not None and not isinstance(bias, nn.Parameter):
             bias = nn.Parameter(bias)
         self.register_parameter("bias", bias)
-        for name in PACKED:
-            self.register_buffer(name, None, persistent=False)
-        self.register_buffer("perm", None, persistent=False)
-        self._pack(weight)
+        for name, tensor in held.tensors().items():
+            self.register_buffer(name, tensor, persistent=False)
 
     @classmethod
     def from_weight(
         cls,
-        weight: Int4Weight,
+        weight: Int4Weight | PackedWeight,
         bias: Tensor | None = None,
         *,
         compute: str = "int8",
         dtype: torch.dtype = torch.float32,
     ) -> Int4Linear:
-        """Packs a canonical weight. `dtype` is that of the layer which it replaces."""
-        module = cls(weight, bias, compute=compute)
-        module.compute_dtype = dtype
-        return module
-
-    @classmethod
-    def from_packed(
-        cls,
-        packed: Tensor | None,
-        packed_scales: Tensor | None,
-        packed_offsets: Tensor | None = None,
-        perm: Tensor | None = None,
-        *,
-        out_features: int,
-        in_features: int,
-        group_size: int,
-        weight_type: str,
-        compute: str = "int8",
-        dtype: torch.dtype = torch.float32,
-    ) -> Int4Linear:
-        """Takes over tensors that another `Int4Linear` has packed, as they are; they are not copied.
-
-        Raises:
-            Int4Error: their dtypes or shapes are not those of such a weight.
-        """
-        if compute not in COMPUTE:
-            raise Int4Error(f"compute must be one of {', '.join(COMPUTE)}, not {compute!r}")
-        tensors = (packed, packed_scales, packed_offsets, perm)
-        ops.check_packed(*tensors, out_features, in_features, group_size, weight_type)
-        module = cls.__new__(cls)
-        nn.Module.__init__(module)
-        module.out_features, module.in_features = out_features, in_features
-        module.group_size, module.compute, module.weight_type = group_size, compute, weight_type
-        module.compute_dtype, module._shared = dtype, None
-        module.register_parameter("weight", None)
-        module.register_parameter("bias", None)
-        for name, value in zip((*PACKED, "perm"), tensors, strict=True):
-            module.register_buffer(name, value, persistent=False)
-        return module
+        """The same as the constructor, for activations in float32 unless `dtype` says otherwise."""
+        return cls(weight, bias, compute=compute, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns `[..., out_features]` in the dtype of x."""
@@ -130,43 +111,28 @@ class Int4Linear(nn.Linear):
         )
         return y
 
+    @property
+    def packed_weight(self) -> PackedWeight:
+        """The packed weight that this module holds; the same tensors."""
+        held = self._buffers
+        return PackedWeight(
+            held["packed"],  # type: ignore[arg-type]
+            held["packed_scales"],  # type: ignore[arg-type]
+            held["packed_offsets"],
+            held["perm"],
+            self.out_features,
+            self.in_features,
+            self.group_size,
+            self.weight_type,
+        )
+
     def to_weight(self) -> Int4Weight:
         """The canonical form, bit by bit as it was packed."""
-        codes, scales, offsets = torch.ops.torch_int4.unpack(
-            self.packed,
-            self.packed_scales,
-            self.packed_offsets,
-            out_features=self.out_features,
-            in_features=self.in_features,
-            group_size=self.group_size,
-            weight_type=self.weight_type,
-        )
-        kept = None if self.packed_offsets is None else offsets
-        integer = kept is not None and kept.dtype == torch.uint8
-        return Int4Weight(
-            codes=codes,
-            scales=scales,
-            zeros=kept if integer else None,
-            offsets=None if integer else kept,
-            perm=self.perm,
-            group_size=self.group_size,
-            bits=8 if self.weight_type == "int8" else 4,
-            codebook=self._codebook,
-        )
+        return self.packed_weight.to_weight()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as a dense `[out_features, in_features]` tensor."""
-        return torch.ops.torch_int4.dequantize(
-            self.packed,
-            self.packed_scales,
-            self.packed_offsets,
-            self.perm,
-            out_features=self.out_features,
-            in_features=self.in_features,
-            group_size=self.group_size,
-            weight_type=self.weight_type,
-            dtype=dtype,
-        )
+        return self.packed_weight.dequantize(dtype)
 
     @property
     def qweight(self) -> Tensor:
@@ -178,8 +144,7 @@ class Int4Linear(nn.Linear):
     @property
     def nbytes(self) -> int:
         """Bytes of the packed weight, without the bias."""
-        tensors = (self.packed, self.packed_scales, self.packed_offsets, self.perm)
-        return sum(t.nbytes for t in tensors if t is not None)
+        return self.packed_weight.nbytes
 
     def set_weight(self, weight: Int4Weight) -> None:
         """Packs another canonical weight in place of this one.
@@ -188,15 +153,10 @@ class Int4Linear(nn.Linear):
             Int4Error: its shape, group size, type or permutation is another one, which linears that share an input
                 rely on.
         """
-        kind = weight.codebook or f"int{weight.bits}"
-        own = (self.out_features, self.in_features, self.group_size, self.weight_type)
-        same_perm = weight.perm is self.perm or (
-            weight.perm is not None and self.perm is not None and torch.equal(weight.perm, self.perm)
-        )
-        if (*weight.codes.shape, weight.group_size, kind) != own or not same_perm:
+        if not self.packed_weight.replaceable_by(weight):
             raise Int4Error(
-                f"{kind} weight {list(weight.codes.shape)} with groups of {weight.group_size} cannot replace "
-                f"Int4Linear({self.extra_repr()}); make a new one with Int4Linear.from_weight"
+                f"{weight.type.name} weight {list(weight.codes.shape)} with groups of {weight.group_size} cannot "
+                f"replace Int4Linear({self.extra_repr()}); make a new one with Int4Linear.from_weight"
             )
         self._pack(weight.validate())
 
@@ -216,25 +176,8 @@ class Int4Linear(nn.Linear):
             f"{self.weight_type}, group_size={self.group_size}, compute={self.compute}"
         )
 
-    @property
-    def _codebook(self) -> str | None:
-        return None if self.weight_type in ("int4", "int8") else self.weight_type
-
     def _pack(self, weight: Int4Weight) -> None:
-        scales, offsets = weight.scales, weight.offsets
-        if scales.dtype == torch.bfloat16:  # kernels read fp16 and fp32; fp32 keeps every bfloat16
-            scales, offsets = scales.float(), None if offsets is None else offsets.float()
-        packed, scales, offsets = torch.ops.torch_int4.pack(
-            weight.codes.contiguous(),
-            scales.contiguous(),
-            None if weight.zeros is None else weight.zeros.contiguous(),
-            None if offsets is None else offsets.contiguous(),
-            group_size=self.group_size,
-            weight_type=self.weight_type,
-        )
-        self.packed, self.packed_scales = packed, scales
-        self.packed_offsets = offsets if offsets.numel() else None
-        self.perm = weight.perm
+        self._buffers.update(PackedWeight.pack(weight).tensors())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int4Linear:
         """`.to(dtype)`, `.half()` and the like concern activations: the scales keep the type they were packed in."""
@@ -253,8 +196,7 @@ class Int4Linear(nn.Linear):
             destination.update({prefix + suffix: t for suffix, t in writer(self, prefix[:-1]).items()})
             return
         weight = self.to_weight()
-        codes = _pair_codes(weight.codes) if weight.bits == 4 else weight.codes
-        destination[prefix + "codes"] = codes
+        destination[prefix + "codes"] = nibbles.stored(weight.codes, weight.bits)
         for name in ("scales", "zeros", "offsets", "perm"):
             if (value := getattr(weight, name)) is not None:
                 destination[prefix + name] = value
@@ -278,11 +220,11 @@ class Int4Linear(nn.Linear):
             missing_keys.extend(absent if strict else [])
             return
         try:
-            codes = found.pop("codes")
-            if self.weight_type != "int8":
-                codes = _split_codes(codes, self.in_features)
-            bits = 8 if self.weight_type == "int8" else 4
-            weight = Int4Weight(codes=codes, group_size=self.group_size, bits=bits, codebook=self._codebook, **found)
+            kind = types.named(self.weight_type)
+            codes = nibbles.restored(found.pop("codes"), kind.bits, self.in_features)
+            weight = Int4Weight(
+                codes=codes, group_size=self.group_size, bits=kind.bits, codebook=kind.codebook, **found
+            )
             weight.validate(prefix + "codes")
             if codes.shape != (self.out_features, self.in_features):
                 raise Int4Error(f"{prefix}codes has shape {tuple(codes.shape)}")
@@ -302,16 +244,6 @@ def written_by(writer: Callable[[Int4Linear, str], dict[str, Tensor]]) -> Iterat
         yield
     finally:
         _writer.reset(token)
-
-
-def _pair_codes(codes: Tensor) -> Tensor:
-    """uint8 `[N, K]` codes of 4 bits to `[N, ceil(K/2)]`: even inputs in the low nibble, odd ones in the high."""
-    padded = nn.functional.pad(codes, (0, codes.shape[1] % 2))
-    return padded[:, 0::2] | (padded[:, 1::2] << 4)
-
-
-def _split_codes(pairs: Tensor, in_features: int) -> Tensor:
-    return torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1)[:, :in_features].contiguous()
 
 
 # ops is imported for its side effect: it registers what forward() calls.

@@ -81,11 +81,7 @@ def merge_inputs(linears: Sequence[Int4Linear]) -> bool:
         return False
     first = linears[0]
     for other in linears[1:]:
-        same = all(
-            getattr(first, name) == getattr(other, name)
-            for name in ("in_features", "group_size", "weight_type", "compute")
-        )
-        if not same or not _same_perm(first.perm, other.perm):
+        if other.compute != first.compute or not first.packed_weight.shares_input_with(other.packed_weight):
             return False
     if len(linears) < 2 or len(set(map(id, linears))) < len(linears):
         return False
@@ -93,7 +89,3 @@ def merge_inputs(linears: Sequence[Int4Linear]) -> bool:
     for linear in linears:
         linear._shared = shared
     return True
-
-
-def _same_perm(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b or (a is not None and b is not None and torch.equal(a, b))

@@ -2,7 +2,8 @@
 
 Packed weights are three tensors (see csrc/kernels/kernel.h): `weight` uint8 `[panels, lines, 64]`, `scales` float16,
 float32 or uint8 (powers of two, E8M0) `[panels, groups, 16]`, and `offsets` (uint8 zero points, or floats of the
-scales' type) or None. `weight_type` is "int4", "int8", or the name of a code book: "nf4", "fp4" or "bnb_fp4".
+scales' type) or None. `weight_type` is the name of a row of the table in `weights/types.py`: "int4", "int8", or that of
+a code book.
 """
 
 from __future__ import annotations
@@ -16,11 +17,9 @@ from torch_int4 import _C
 from torch_int4.errors import Int4Error
 from torch_int4.ops import attention, layer
 from torch_int4.ops.fakes import fake
+from torch_int4.weights.packed import codes_shape, groups_of, stream_shape
 
 _REGISTER = (_C, attention, layer)  # imported because that registers operators, or their shapes
-
-PANEL_ROWS = 16
-SLAB = 32
 
 
 def isa() -> str:
@@ -49,44 +48,6 @@ def _last_line(error: RuntimeError) -> str:
     return str(error).strip().splitlines()[-1]
 
 
-def _padded(in_features: int) -> int:
-    return -(-in_features // SLAB) * SLAB
-
-
-def _groups(in_features: int, group_size: int) -> int:
-    padded = _padded(in_features)
-    return 1 if group_size == -1 else -(-padded // min(group_size, padded))
-
-
-def check_packed(
-    packed: Tensor | None,
-    scales: Tensor | None,
-    offsets: Tensor | None,
-    perm: Tensor | None,
-    out_features: int,
-    in_features: int,
-    group_size: int,
-    weight_type: str,
-) -> None:
-    """Whether tensors are a packed weight of that shape. Raises `Int4Error`, naming the one that is not."""
-    panels = -(-out_features // PANEL_ROWS)
-    lines = _padded(in_features) * PANEL_ROWS // (64 if weight_type == "int8" else 128)
-    streams = (panels, _groups(in_features, group_size), PANEL_ROWS)
-    scale_dtypes = (torch.float16, torch.float32, torch.uint8)
-    offset_dtypes = (torch.uint8, *scale_dtypes[:2])
-    for name, tensor, dtypes, shape in (
-        ("packed", packed, (torch.uint8,), (panels, lines, 64)),
-        ("packed_scales", scales, scale_dtypes, streams),
-        ("packed_offsets", offsets, offset_dtypes, streams),
-        ("perm", perm, (torch.int64,), (in_features,)),
-    ):
-        if tensor is None and name in ("packed_offsets", "perm"):
-            continue
-        if tensor is None or tensor.dtype not in dtypes or tuple(tensor.shape) != shape:
-            got = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-            raise Int4Error(f"{name} must be {' or '.join(map(str, dtypes))} {list(shape)}, got {got}")
-
-
 @fake("pack")
 def _pack(
     codes: Tensor,
@@ -97,19 +58,22 @@ def _pack(
     weight_type: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, inputs = codes.shape
-    panels = -(-rows // PANEL_ROWS)
-    lines = _padded(inputs) * PANEL_ROWS // (64 if weight_type == "int8" else 128)
-    streams = (panels, _groups(inputs, group_size), PANEL_ROWS)
+    stream = stream_shape(rows, inputs, group_size)
     given = zeros if zeros is not None else offsets
-    packed_offsets = scales.new_empty(0) if given is None else given.new_empty(streams)
-    return codes.new_empty(panels, lines, 64), scales.new_empty(streams), packed_offsets
+    packed_offsets = scales.new_empty(0) if given is None else given.new_empty(stream)
+    return codes.new_empty(codes_shape(rows, inputs, weight_type)), scales.new_empty(stream), packed_offsets
+
+
+@fake("pack_into")
+def _pack_into() -> None:
+    return None
 
 
 @fake("unpack")
 def _unpack(
     weight: Tensor, scales: Tensor, offsets: Tensor | None, out_features: int, in_features: int, group_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    streams = (out_features, _groups(in_features, group_size))
+    streams = (out_features, groups_of(in_features, group_size))
     unpacked_offsets = scales.new_empty(0) if offsets is None else offsets.new_empty(streams)
     return weight.new_empty(out_features, in_features), scales.new_empty(streams), unpacked_offsets
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from torch_int4 import recipes
 from torch_int4.calibration.data import Calibration
@@ -13,68 +13,56 @@ from torch_int4.calibration.run import CalibratedPass, Chosen
 from torch_int4.config import Int4Config
 from torch_int4.errors import Int4Error
 from torch_int4.layouts.scales import ScaleFold
+from torch_int4.nn.dense import is_conv1d
 from torch_int4.nn.extended import extend
 from torch_int4.nn.linear import Int4Linear
-from torch_int4.patching import families
 from torch_int4.patching import foreign as _foreign
 from torch_int4.patching import hooks as _hooks
-from torch_int4.patching import scan as _scan
+from torch_int4.patching.plan import Plan, Target
 from torch_int4.patching.report import PatchedLinear, PatchReport
-from torch_int4.patching.scan import Target
 from torch_int4.support.progress import track
+from torch_int4.weights.packed import Memory, PackedWeight
 from torch_int4.weights.result import Result
+from torch_int4.weights.types import INT4
 
 
-def calibrated_pass(
-    model: nn.Module,
-    targets: list[Target],
-    config: Int4Config,
-    by_module: dict[int, families.Family],
-    data: tuple[Any, Any],
-    progress: bool | None,
-) -> CalibratedPass | None:
+def calibrated_pass(plan: Plan, data: tuple[Any, Any], progress: bool | None) -> CalibratedPass | None:
     """The pass over calibration data, if the recipe needs one or the user gave data that it can use."""
+    config = plan.config
     recipe = recipes.parse(config.recipe)
-    four_bits = [target for target in targets if target.bits == 4]
-    if not four_bits or not (
-        recipe.needs_calibration or (data[0] is not None and recipe.configure(config.weights).clip)
-    ):
+    rounded = any(target.kind is INT4 for target in plan.targets)
+    wants_clip = data[0] is not None and recipe.configure(config.weights).clip
+    if not rounded or not (recipe.needs_calibration or wants_clip):
         return None
-    return CalibratedPass(model, *chosen_and_facts(targets, by_module), config, Calibration.of(*data), progress)
+    return CalibratedPass(plan.survey.model, *chosen_and_facts(plan), config, Calibration.of(*data), progress)
 
 
-def chosen_and_facts(
-    targets: list[Target], by_module: dict[int, families.Family]
-) -> tuple[Chosen, dict[int, tuple[ScaleFold, ...]]]:
+def chosen_and_facts(plan: Plan) -> tuple[Chosen, dict[int, tuple[ScaleFold, ...]]]:
     """The linears to quantize, and the scale folds of their families, as the pass over calibration data takes them."""
-    chosen = {target.name: (target.module, target.bits) for target in targets if target.module is not None}
-    return chosen, {key: family.folds for key, family in by_module.items() if family.folds}
+    chosen = {target.name: (target.module, target.bits) for target in plan.targets if target.module is not None}
+    return chosen, {key: family.folds for key, family in plan.survey.families.items() if family.folds}
 
 
-def convert_foreign(
-    foreign: list[_foreign.Foreign], config: Int4Config, report: PatchReport, progress: bool | None
-) -> None:
+def convert_foreign(plan: Plan, report: PatchReport, memory: Memory, progress: bool | None) -> None:
     """Take over the linears of other backends, one after another."""
-    for done, target in enumerate(track(foreign, "linears", show=progress)):
+    for done, target in enumerate(track(plan.foreign, "linears", show=progress)):
         try:
-            _foreign.convert(target, config, report)
+            _foreign.convert(target, plan.config, report, memory)
         except Exception as error:
-            state = f"after {done} of {len(foreign)} linears, so the model must be loaded again" if done else "at once"
-            raise Int4Error(f"{target.name}: taking it over from its backend failed {state}: {error}") from error
+            state = f"after {done} of {len(plan.foreign)} linears, so the model must be loaded again"
+            raise Int4Error(
+                f"{target.name}: taking it over from its backend failed {state if done else 'at once'}: {error}"
+            ) from error
 
 
 def convert_all(
-    targets: list[Target],
-    config: Int4Config,
-    report: PatchReport,
-    progress: bool | None,
-    calibrated: CalibratedPass | None,
+    plan: Plan, report: PatchReport, memory: Memory, progress: bool | None, calibrated: CalibratedPass | None
 ) -> None:
     """Quantize linears and put the int4 ones in their places, one after another."""
-    done = 0
+    done, targets = 0, plan.targets
     try:
-        for target, result in _results(targets, config, progress, calibrated):
-            report.linears.append(_replace(target, result, config))
+        for target, result in _results(targets, plan.config, progress, calibrated):
+            report.linears.append(_replace(target, result, plan.config, memory))
             done += 1
     except Exception as error:
         raise Int4Error(
@@ -100,13 +88,13 @@ def _results(
         old = target.module
         assert old is not None
         assert isinstance(old.weight, Tensor)
-        dense = old.weight.detach().t() if _scan.is_conv1d(old) else old.weight.detach()
-        stage = rounding if target.bits == 4 else nearest
+        dense = old.weight.detach().t() if is_conv1d(old) else old.weight.detach()
+        stage = rounding if target.kind is INT4 else nearest
         found = stage.quantize(dense, config.weights, bits=target.bits, name=target.name)
         yield target, recipe.checked(Result.of(found), dense.shape, target.name)
 
 
-def _replace(target: Target, result: Result, config: Int4Config) -> PatchedLinear:
+def _replace(target: Target, result: Result, config: Int4Config, memory: Memory) -> PatchedLinear:
     """Put the new module into every place of a linear, and let go of the old one."""
     old = target.module
     assert old is not None
@@ -115,7 +103,8 @@ def _replace(target: Target, result: Result, config: Int4Config) -> PatchedLinea
     before = weight.numel() * weight.element_size()
     rows, inputs = result.weight.codes.shape
     bias = old.bias if isinstance(old.bias, Tensor) else None
-    new = Int4Linear.from_weight(result.weight, bias, compute=config.compute, dtype=weight.dtype)
+    packed = PackedWeight.pack(result.weight, memory)
+    new = Int4Linear(packed, bias, compute=config.compute, dtype=weight.dtype)
     extend(new, result.extras)
     _hooks.replace(old, new, target.places)
     target.module = None

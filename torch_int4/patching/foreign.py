@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,43 +12,15 @@ from torch_int4.config import Int4Config
 from torch_int4.nn.linear import Int4Linear
 from torch_int4.patching import hooks as _hooks
 from torch_int4.patching import scan as _scan
+from torch_int4.patching.plan import Foreign
 from torch_int4.patching.report import PatchedLinear, PatchReport
 from torch_int4.weights.canonical import Int4Weight
+from torch_int4.weights.packed import Memory, PackedWeight
+from torch_int4.weights.types import INT4
 
 
-@dataclass
-class Foreign:
-    """A module of another backend: its names, and the (parent, attribute) places that hold it."""
-
-    names: list[str]
-    places: list[tuple[nn.Module, str]]
-    module: nn.Module | None
-
-    @property
-    def name(self) -> str:
-        """The first of its names."""
-        return self.names[0]
-
-
-def find(model: nn.Module, config: Int4Config) -> list[Foreign]:
-    """The linears of other backends that `config.skip` does not name."""
-    names: dict[nn.Module, list[str]] = defaultdict(list)
-    places: dict[nn.Module, list[tuple[nn.Module, str]]] = defaultdict(list)
-    modules: dict[str, nn.Module] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        modules[name] = module
-        if not name or isinstance(module, Int4Linear) or not formats.holds(module):
-            continue
-        holder, _, attribute = name.rpartition(".")
-        names[module].append(name)
-        if (modules[holder], attribute) not in places[module]:
-            places[module].append((modules[holder], attribute))
-    chosen = [module for module in names if _scan.skip_pattern(config, names[module]) is None]
-    return [Foreign(names[module], places[module], module) for module in chosen]
-
-
-def convert(target: Foreign, config: Int4Config, report: PatchReport) -> None:
-    """Put an `Int4Linear` into every place of a foreign module, and let go of it.
+def convert(target: Foreign, config: Int4Config, report: PatchReport, memory: Memory) -> None:
+    """Put an `Int4Linear` into every place of a foreign module, packed into `memory`, and let go of the module.
 
     Raises:
         Int4Error: naming the module, when its tensors are damaged or repacked for a kernel of its backend.
@@ -62,10 +32,11 @@ def convert(target: Foreign, config: Int4Config, report: PatchReport) -> None:
     if weight is None:  # codes that no kernel has
         dense = formats.dense_module(old, name=target.name)
         assert dense is not None
-        weight = recipes.get("rtn").quantize(dense, config.weights, bits=4, name=target.name)
+        weight = recipes.get("rtn").quantize(dense, config.weights, bits=INT4.bits, name=target.name)
     bias = getattr(old, "bias", None)
     dtype = _activation_dtype(old, bias)
-    new = Int4Linear.from_weight(weight, _parameter(bias), compute=config.compute, dtype=dtype)
+    packed = PackedWeight.pack(weight, memory)
+    new = Int4Linear(packed, _parameter(bias), compute=config.compute, dtype=dtype)
     _hooks.replace(old, new, target.places)
     target.module = None
     report.linears.append(_entry(target.name, weight, before, new.nbytes))

@@ -74,8 +74,9 @@ def _decoders(model: nn.Module) -> list[Any]:
     def takes_cache(module: nn.Module) -> bool:
         if not isinstance(module, PreTrainedModel) or getattr(module.config, "is_encoder_decoder", False):
             return False
-        parameters = inspect.signature(type(module).forward).parameters
-        return cache_argument(type(module)) is not None and "use_cache" in parameters
+        kind: Any = type(module)
+        parameters = inspect.signature(kind.forward).parameters
+        return cache_argument(kind) is not None and "use_cache" in parameters
 
     found = [module for module in model.modules() if takes_cache(module)]
     outer = {id(module) for module in found for other in found if other is not module and _is_inside(other, module)}
@@ -110,7 +111,8 @@ def _fuse_module(module: nn.Module, family: Family | None, refusals: Refusals) -
 
 def _known(module: nn.Module, layout: AttentionLayout, family: Family) -> KnownAttention | str:
     """What is known of an attention module, or why the layout is not true of it."""
-    kind, cache = type(module), cache_argument(type(module))
+    kind: Any = type(module)
+    cache = cache_argument(kind)
     if "forward" in module.__dict__:
         return "has another forward than its class"
     if fingerprint(kind) not in layout.forwards:

@@ -31,7 +31,7 @@ def _fuse_module(module: nn.Module, family: Family, refusals: Refusals) -> bool:
     from torch_int4.nn.layer import FusedBlock
     from torch_int4.support.mixins import mix_in
 
-    reasons = []
+    reasons: list[str] = []
     for layout in family.blocks:
         attention = module._modules.get(layout.attention)
         if isinstance(module, FusedBlock) or not isinstance(attention, FusedAttention):
@@ -62,7 +62,8 @@ def _check_forwards(module: nn.Module, layout: BlockLayout, family: Family) -> s
     names = ("", layout.mlp, layout.input_norm)
     for name, want in zip(names, layout.forwards, strict=True):
         part = module._modules.get(name) if name else module
-        if part is not None and want is not None and fingerprint(type(part)) != want:
+        kind: Any = type(part)
+        if part is not None and want is not None and fingerprint(kind) != want:
             return unknown_forward(f"the forward of its {name}" if name else "its forward", family)
     return None
 
@@ -72,7 +73,8 @@ def _check_settings(module: nn.Module, layout: BlockLayout, family: Family) -> s
         if attribute(module, name) != value:
             return f"has {name} = {attribute(module, name)!r}, for which {families.source_of(family)} has no layout"
     attention: Any = module._modules[layout.attention]
-    cache, kind = attention.torch_int4_data.cache, type(module)
+    cache = attention.torch_int4_data.cache
+    kind: Any = type(module)
     if cache_argument(kind) != cache:
         return f"calls its KV cache {cache_argument(kind)}, and its attention {cache}"
     from torch_int4.nn.attention import HARMLESS
@@ -87,7 +89,9 @@ def _check_children(module: nn.Module, layout: BlockLayout, family: Family) -> s
     reason = wrong_children(module, (*layout.norms, layout.attention, layout.mlp))
     if reason is not None:
         return reason
-    return wrong_children(module._modules[layout.mlp], (*layout.linears, layout.activation), f"its {layout.mlp} ")
+    mlp = module._modules[layout.mlp]
+    assert mlp is not None
+    return wrong_children(mlp, (*layout.linears, layout.activation), f"its {layout.mlp} ")
 
 
 def _check_parts(module: nn.Module, layout: BlockLayout, family: Family) -> str | None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from torch_int4.config import Int4Config
+from torch_int4.nn.dense import is_conv1d
 from torch_int4.nn.extended import extras_of
 from torch_int4.nn.linear import Int4Linear
-from torch_int4.patching import families
 from torch_int4.patching import scan as _scan
 from torch_int4.patching import ties as _ties
+from torch_int4.patching.plan import Survey
 from torch_int4.patching.report import PatchedLinear
+from torch_int4.weights.types import WeightType
 
 
 class PendingLinear(nn.Module):
@@ -24,17 +27,17 @@ class PendingLinear(nn.Module):
     The buffer only says how many bytes the packed weight will take, for those who plan memory.
     """
 
-    def __init__(self, name: str, old: nn.Module, bits: int) -> None:
+    def __init__(self, name: str, old: nn.Module, kind: WeightType) -> None:
         super().__init__()
         weight, bias = old.weight, old.bias
         assert isinstance(weight, torch.Tensor)
-        self.name, self.bits, self.dtype = name, bits, weight.dtype
-        self.transposed = _scan.is_conv1d(old)
+        self.name, self.kind, self.dtype = name, kind, weight.dtype
+        self.transposed = is_conv1d(old)
         rows, inputs = reversed(weight.shape) if self.transposed else weight.shape
         self.out_features, self.in_features = int(rows), int(inputs)
         self.weight = torch.empty(0)  # no parameter: for code that initializes what a checkpoint lacks
         self.register_parameter("bias", bias if isinstance(bias, nn.Parameter) else None)
-        nbytes = self.out_features * self.in_features * (bits + 0.5) / 8
+        nbytes = self.out_features * self.in_features * (kind.bits + 0.5) / 8
         self.register_buffer("packed", torch.empty(int(nbytes), dtype=torch.uint8, device="meta"), persistent=False)
         self.train(old.training)
 
@@ -46,53 +49,45 @@ class PendingLinear(nn.Module):
     def entry(self, made: Int4Linear) -> PatchedLinear:
         """The line of a report about the linear that took this place."""
         rows, inputs = self.shape
-        bits = 8 if made.weight_type == "int8" else 4
-        before = rows * inputs * self.dtype.itemsize
+        bits, before = made.packed_weight.type.bits, rows * inputs * self.dtype.itemsize
         return PatchedLinear(self.name, rows, inputs, bits, before, made.nbytes, extras=tuple(extras_of(made)))
 
 
-def find_loadable(model: nn.Module, config: Int4Config) -> dict[str, int]:
-    """{name: bits} of the linears that can become int4 one by one while a model on the meta device is loaded.
+def find_loadable(survey: Survey, config: Int4Config) -> dict[str, WeightType]:
+    """{name: type} of the linears that can become int4 one by one while a model on the meta device is loaded.
 
-    Left out, for `patch` to judge once there are values: linears that stay in float, weights that several modules
+    Left out, for `decide` to judge once there are values: linears that stay in float, weights that several modules
     hold, and linears whose forward is not a plain product.
     """
-    by_module = families.of_modules(model, None)
-    head = _scan.find_head(model, by_module[id(model)])
-    names, places = _scan._linears(model)
-    users = _scan.parameter_users(model)
-    tied = _tied_parameters(model)
+    users = _scan.parameter_users(survey.model)
+    tied = _tied_parameters(survey.model)
     found = {}
-    for module, called in names.items():
-        name, weight = called[0], module._parameters.get("weight")
-        if len(called) > 1 or len(places[module]) > 1 or weight is None or f"{name}.weight" in tied:
+    for module, held in survey.linears.items():
+        weight, is_head = module._parameters.get("weight"), module is survey.head
+        if len(held.names) > 1 or len(held.places) > 1 or weight is None or f"{held.name}.weight" in tied:
             continue
-        if _scan._reason_to_skip(module, called, places[module], config, module is head) is not None:
+        if _scan.reason_to_skip(module, held.names, held.places, config, is_head) is not None:
             continue
         if weight.dtype in _scan.FLOATS and len(users[id(weight)]) == 1 and computes_product(module):
-            found[name] = _scan.bits_of(called, config, module is head)
+            found[held.name] = _scan.type_of(held.names, config, is_head)
     return found
 
 
-def all_linears(model: nn.Module) -> list[str]:
-    """Names of every linear that is not int4; of one with several names, the first."""
-    names, _ = _scan._linears(model)
-    return [called[0] for called in names.values()]
-
-
-def leave_floats(model: nn.Module, config: Int4Config) -> Int4Config:
+def leave_floats(survey: Survey, config: Int4Config) -> Int4Config:
     """A config that skips every linear which is in float now, but for the head where the config wants it quantized."""
-    by_module = families.of_modules(model, None)
-    head = _scan.find_head(model, by_module[id(model)])
-    names, _ = _scan._linears(model)
-    left = [name for module, called in names.items() if module is not head or config.head == "float" for name in called]
+    left = [
+        name
+        for module, held in survey.linears.items()
+        if module is not survey.head or config.head == "float"
+        for name in held.names
+    ]
     return _skipping(config, left)
 
 
-def leave_hooked(model: nn.Module, config: Int4Config) -> Int4Config:
+def leave_hooked(survey: Survey, config: Int4Config) -> Int4Config:
     """A config that skips the linears whose float weights accelerate keeps elsewhere."""
-    names, _ = _scan._linears(model)
-    return _skipping(config, [name for m, called in names.items() if hasattr(m, "_hf_hook") for name in called])
+    hooked = [held for module, held in survey.linears.items() if hasattr(module, "_hf_hook")]
+    return _skipping(config, [name for held in hooked for name in held.names])
 
 
 def _skipping(config: Int4Config, names: list[str]) -> Int4Config:
@@ -100,14 +95,23 @@ def _skipping(config: Int4Config, names: list[str]) -> Int4Config:
     return dataclasses.replace(config, skip=(*config.skip, *new)) if new else config
 
 
-def put_pending(model: nn.Module, bits: dict[str, int]) -> dict[str, PendingLinear]:
-    """Put a `PendingLinear` into the place of each named linear, and forget what tied it to other weights."""
+def put_pending(survey: Survey, kinds: Mapping[str, WeightType]) -> dict[str, PendingLinear]:
+    """Put a `PendingLinear` into the place of each named linear, and forget what tied it to other weights.
+
+    The linears leave the survey.
+
+    Returns:
+        {name: the placeholder}, in the order of the model.
+    """
+    model = survey.model
     ties = _ties.record(model)
     pending = {}
-    for name, count in bits.items():
-        pending[name] = PendingLinear(name, model.get_submodule(name), count)
-        replace(model, name, pending[name])
-    _ties.forget(model, ties, set(bits))
+    for module, held in list(survey.linears.items()):
+        if held.name in kinds:
+            pending[held.name] = PendingLinear(held.name, module, kinds[held.name])
+            replace(model, held.name, pending[held.name])
+            del survey.linears[module]
+    _ties.forget(model, ties, set(pending))
     return pending
 
 
@@ -125,7 +129,7 @@ def computes_product(module: nn.Module) -> bool:
         return True
     probe: Any = copy.copy(module)
     rows, inputs = 3, 5
-    shape = (inputs, rows) if _scan.is_conv1d(module) else (rows, inputs)
+    shape = (inputs, rows) if is_conv1d(module) else (rows, inputs)
     generator = torch.Generator().manual_seed(0)
     probe._parameters = dict(module._parameters)
     probe._parameters["weight"] = nn.Parameter(torch.randn(shape, generator=generator))
@@ -134,7 +138,7 @@ def computes_product(module: nn.Module) -> bool:
     for name, size in (("in_features", inputs), ("nx", inputs), ("out_features", rows), ("nf", rows)):
         if name in module.__dict__:
             probe.__dict__[name] = size
-    return _scan._is_product(probe, probe.weight)
+    return _scan.is_product(probe, probe.weight)
 
 
 def _tied_parameters(model: nn.Module) -> set[str]:

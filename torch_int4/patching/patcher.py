@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from torch_int4.calibration.run import CalibratedPass
 from torch_int4.config import Int4Config
 from torch_int4.errors import Int4Error
 from torch_int4.nn.linear import Int4Linear
@@ -20,13 +21,12 @@ from torch_int4.patching import foreign as _foreign
 from torch_int4.patching import fuse_attention as _attention
 from torch_int4.patching import fuse_layers as _block
 from torch_int4.patching import fuse_stack as _stack
-from torch_int4.patching import scan as _scan
 from torch_int4.patching import stages as _stages
 from torch_int4.patching import ties as _ties
+from torch_int4.patching.plan import Foreign, Plan, Survey, Target, decide
 from torch_int4.patching.refusals import Refusals
 from torch_int4.patching.report import PatchReport
-from torch_int4.patching.scan import Target
-from torch_int4.weights import arena
+from torch_int4.weights.arena import return_memory
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -72,53 +72,59 @@ def patch(
     if not isinstance(model, nn.Module):
         raise Int4Error(f"patch() needs a torch.nn.Module; got {type(model).__name__}")
     report = _previous_report(model, config) or PatchReport(config)
+    return carry_out(decide(Survey(model, given), config), report, (calibration, tokenizer), progress)
 
-    by_module = families.of_modules(model, given)
-    targets, skipped = _scan.find_targets(model, config, _scan.find_head(model, by_module[id(model)]))
-    foreign = _foreign.find(model, config)
-    taken = {name for target in foreign for name in target.names}
-    skipped = [entry for entry in skipped if entry[0] not in taken]
-    embeddings, kept = _embedding.find(model, config, targets)
-    if not targets and not foreign and not any(isinstance(m, Int4Linear) for m in model.modules()):
-        raise Int4Error(_nothing_to_do(model, skipped))
 
-    calibrated = _convert.calibrated_pass(model, targets, config, by_module, (calibration, tokenizer), progress)
-    whole = _stages.whole_model(model, targets, foreign, config, calibrated)
+def carry_out(
+    plan: Plan, report: PatchReport, data: tuple[Any, Any] = (None, None), progress: bool | None = None
+) -> Any:
+    """Do what a plan says, fuse what can be fused, and return the model.
+
+    Args:
+        plan: of a model that nothing was done to since it was surveyed.
+        report: what was done to the model before; it is written on.
+        data: calibration and tokenizer, as `patch` gets them.
+        progress: as there.
+
+    Raises:
+        Int4Error: as `patch` says.
+    """
+    model = plan.survey.model
+    if not (plan.targets or plan.foreign or plan.survey.holds_int4 or report.linears):
+        raise Int4Error(_nothing_to_do(model, plan.skipped))
+    calibrated = _convert.calibrated_pass(plan, data, progress)
+    whole = _stages.whole_model(plan, calibrated)
+    if plan.changes_nothing and report.complete:
+        return model
+    report.complete = False
+    model.torch_int4_report = report  # type: ignore[assignment]
     if whole is not None and whole.recipe.preparing:
-        report.complete = False
-        model.torch_int4_report = report  # type: ignore[assignment]
-        whole.prepare()
-        with _stages.prepared():  # everything is looked for again
-            by_module = families.of_modules(model, given)
-            targets, skipped = _scan.find_targets(model, config, _scan.find_head(model, by_module[id(model)]))
-            embeddings, kept = _embedding.find(model, config, targets)
-            if calibrated is not None:
-                calibrated.capture(*_convert.chosen_and_facts(targets, by_module))
-    if targets or foreign or embeddings or not report.complete:
-        report.complete = False
-        model.torch_int4_report = report  # type: ignore[assignment]
-        ties = _ties.record(model)
-        try:
-            _convert.convert_foreign(foreign, config, report, progress)
-            _convert.convert_all(targets, config, report, progress, calibrated)
-        finally:  # also after a failure the rest has to stay consistent
-            done: list[Target | _foreign.Foreign] = [*targets, *foreign]
-            replaced = {name for target in done if target.module is None for name in target.names}
-            _ties.forget(model, ties, replaced)
-        while embeddings:
-            _embedding.store_bf16(*embeddings.pop(), report)
-        if whole is not None:
-            _stages.finish(whole, targets, report)
-        arena.gather(module for module in model.modules() if isinstance(module, Int4Linear))
-        if foreign:
-            _foreign.forget_backend(model)
-        report.merged += _merge(model, by_module)
-        _fuse(model, by_module, report)
-        report.skipped = skipped + kept
-        report.complete = True
-        _make_saveable(model, config)
-        arena.return_memory()
+        plan = _stages.prepare(whole, plan, calibrated)
+    _replace_linears(plan, report, calibrated, progress)
+    while plan.embeddings:
+        _embedding.store_bf16(*plan.embeddings.pop(), report)
+    if whole is not None:
+        _stages.finish(whole, plan.targets, report)
+    if plan.foreign:
+        _foreign.forget_backend(model)
+    report.merged += _merge(model, plan.survey.families)
+    _fuse(model, plan.survey.families, report)
+    report.skipped = plan.skipped + plan.kept
+    report.complete = True
+    _make_saveable(model, plan.config)
+    return_memory()
     return model
+
+
+def _replace_linears(plan: Plan, report: PatchReport, calibrated: CalibratedPass | None, progress: bool | None) -> None:
+    model, memory = plan.survey.model, plan.arena().take
+    ties = _ties.record(model)
+    try:
+        _convert.convert_foreign(plan, report, memory, progress)
+        _convert.convert_all(plan, report, memory, progress, calibrated)
+    finally:  # also after a failure the rest has to stay consistent
+        done: list[Target | Foreign] = [*plan.targets, *plan.foreign]
+        _ties.forget(model, ties, {name for target in done if target.module is None for name in target.names})
 
 
 def _fuse(model: nn.Module, by_module: dict[int, families.Family], report: PatchReport) -> None:
@@ -131,7 +137,7 @@ def _fuse(model: nn.Module, by_module: dict[int, families.Family], report: Patch
     _stack.fuse(model)
     report.unfused = refusals.lines()
     if report.unfused:
-        warnings.warn(f"torch_int4: not fused, and so slower: {'. '.join(report.unfused)}", stacklevel=3)
+        warnings.warn(f"torch_int4: not fused, and so slower: {'. '.join(report.unfused)}", stacklevel=4)
 
 
 def _previous_report(model: nn.Module, config: Int4Config) -> PatchReport | None:
@@ -188,6 +194,6 @@ def _may_merge(linear: Int4Linear) -> bool:
 
 def _make_saveable(model: nn.Module, config: Int4Config) -> None:
     if "transformers" in sys.modules:  # else there is nothing of theirs
-        from torch_int4.hf import make_saveable
+        from torch_int4.checkpoint.saving import make_saveable
 
         make_saveable(model, config)

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from torch_int4.config import Int4Config
+from torch_int4.weights.types import BITS
 
 MB = 1e6
 
@@ -85,7 +86,7 @@ class PatchReport:
 
     def __str__(self) -> str:
         lines = []
-        for bits in (4, 8):
+        for bits in BITS:
             chosen = self._chosen(bits)
             if chosen:
                 ratio = self.bytes_after(bits) / self.bytes_bf16(bits)

@@ -1,10 +1,9 @@
-"""The dry pass of a patch: which linears are replaced, which stay, and every refusal."""
+"""Which linears and embeddings can be replaced, which stay, and every refusal."""
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 import torch
@@ -14,113 +13,29 @@ from torch import Tensor, nn
 from torch_int4.config import Int4Config
 from torch_int4.errors import Int4Error
 from torch_int4.layouts.family import Family
-from torch_int4.nn.linear import Int4Linear
+from torch_int4.nn.dense import is_conv1d
+from torch_int4.weights.types import INT4, INT8, WeightType
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Modules whose own forward hands the weights of their linears to a fused operator of torch.
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
-@dataclass
-class Target:
-    """A linear to replace: its names, the (parent, attribute) places that hold it, and the bits it gets.
-
-    `module` is emptied once it has been replaced, so that its float weight is freed.
-    """
-
-    names: list[str]
-    places: list[tuple[nn.Module, str]]
-    module: nn.Module | None
-    bits: int
-    shared: bool = False  # a module that stays in float holds the same Parameter
-
-    @property
-    def name(self) -> str:
-        """The first of its names."""
-        return self.names[0]
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's linear with a transposed weight, recognised without importing transformers."""
-    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear that is not int4 yet."""
-    return (isinstance(module, nn.Linear) and not isinstance(module, Int4Linear)) or is_conv1d(module)
-
-
-def find_head(model: nn.Module, family: Family) -> nn.Module | None:
-    """The projection onto the vocabulary, if the model has one."""
+def find_head(model: nn.Module, family: Family, modules: Mapping[str, nn.Module]) -> nn.Module | None:
+    """The projection onto the vocabulary, if the model has one; `modules` are all of its by name."""
     getter = getattr(model, "get_output_embeddings", None)
     if callable(getter):
         try:
             return getter()
         except (AttributeError, NotImplementedError):
             return None
-    return dict(model.named_modules()).get(family.head)
+    return modules.get(family.head)
 
 
-def find_targets(
-    model: nn.Module, config: Int4Config, head: nn.Module | None
-) -> tuple[list[Target], list[tuple[str, str]]]:
-    """The linears to replace, and (name, reason) of those that stay in float.
-
-    Raises:
-        Int4Error: naming a linear that should be replaced and cannot be.
-    """
-    for field in ("skip", "int8"):
-        for pattern in getattr(config, field):
-            if not any(fnmatchcase(name, pattern) for name, _ in model.named_modules()):
-                kind = type(model).__name__
-                warnings.warn(f"Int4Config.{field}: {pattern!r} matches no module of {kind}", stacklevel=3)
-    names, places = _linears(model)
-    targets, skipped = [], []
-    for module in names:
-        name = names[module][0]
-        bits = bits_of(names[module], config, module is head)
-        reason = _reason_to_skip(module, names[module], places[module], config, module is head)
-        if reason is not None:
-            skipped.append((name, reason))
-            continue
-        _refuse(module, name)
-        targets.append(Target(names[module], places[module], module, bits))
-    _mark_shared(model, targets)
-    return targets, skipped
-
-
-def bits_of(names: list[str], config: Int4Config, is_head: bool) -> int:
-    """Bits that a linear of these names gets."""
-    if match(config.int8, names) is not None:
-        return 8
-    return 8 if is_head and config.head == "int8" else 4
-
-
-def _mark_shared(model: nn.Module, targets: list[Target]) -> None:
-    users = parameter_users(model)
-    going = {id(target.module) for target in targets}
-    for target in targets:
-        assert target.module is not None
-        target.shared = bool(users[id(target.module.weight)] - going)
-
-
-def _linears(
-    model: nn.Module,
-) -> tuple[dict[nn.Module, list[str]], dict[nn.Module, list[tuple[nn.Module, str]]]]:
-    """Names of every linear, and who holds it; one that several modules share has several of both."""
-    names: dict[nn.Module, list[str]] = defaultdict(list)
-    places: dict[nn.Module, list[tuple[nn.Module, str]]] = defaultdict(list)
-    modules: dict[str, nn.Module] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        modules[name] = module
-        if not name or not is_linear(module):
-            continue
-        holder, _, attribute = name.rpartition(".")
-        place = (modules[holder], attribute)
-        names[module].append(name)
-        if place not in places[module]:
-            places[module].append(place)
-    return names, places
+def type_of(names: list[str], config: Int4Config, is_head: bool) -> WeightType:
+    """The type of weight that a linear of these names gets."""
+    raised = match(config.int8, names) is not None or (is_head and config.head == "int8")
+    return INT8 if raised else INT4
 
 
 def parameter_users(model: nn.Module) -> dict[int, set[int]]:
@@ -133,13 +48,14 @@ def parameter_users(model: nn.Module) -> dict[int, set[int]]:
     return users
 
 
-def _reason_to_skip(
+def reason_to_skip(
     module: nn.Module,
     names: list[str],
     places: list[tuple[nn.Module, str]],
     config: Int4Config,
     is_head: bool,
 ) -> str | None:
+    """Why a linear stays in float; None if nothing speaks against replacing it."""
     pattern = skip_pattern(config, names)
     if pattern is not None:
         return f"skip={pattern!r}"
@@ -159,7 +75,7 @@ def _reason_to_skip(
         return f"its weight is {weight.dtype}, quantized already"
     if weight.numel() == 0:
         return "it has no weights"
-    if not hasattr(module, "_hf_hook") and not weight.is_meta and not _is_product(module, weight):
+    if not hasattr(module, "_hf_hook") and not weight.is_meta and not is_product(module, weight):
         return f"{type(module).__name__}.forward does more than multiply with the weight"
     return None
 
@@ -167,6 +83,36 @@ def _reason_to_skip(
 def skip_pattern(config: Int4Config, names: list[str]) -> str | None:
     """The first pattern of `config.skip` that matches one of a module's names, or a module that holds it."""
     return match(config.skip, names)
+
+
+def reason_to_keep(
+    module: nn.Module, name: str, config: Int4Config, users: dict[int, set[int]], going: set[int]
+) -> str | None:
+    """Why an embedding keeps its table, "" where that goes without saying; None if bf16 can take its place.
+
+    Args:
+        module: an embedding.
+        name: of it.
+        config: of the patch.
+        users: what `parameter_users` says of the model.
+        going: by `id`, the linears that let go of their float weights.
+
+    Raises:
+        Int4Error: it has no values to convert.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dtype in (torch.bfloat16, torch.float16):
+        return ""  # takes no more than bf16 does
+    pattern = skip_pattern(config, [name])
+    if pattern is not None:
+        return f"skip={pattern!r}"
+    if type(module) is not nn.Embedding:
+        return f"{type(module).__name__} is not a plain nn.Embedding"
+    if users[id(weight)] - going - {id(module)}:
+        return "its weight is shared with a module that stays in float"
+    if weight.is_meta or hasattr(module, "_hf_hook"):
+        raise Int4Error(f"{name}: has no values here (meta device or accelerate hook). Load it, then patch()")
+    return None
 
 
 def match(patterns: tuple[str, ...], names: list[str]) -> str | None:
@@ -180,7 +126,7 @@ def match(patterns: tuple[str, ...], names: list[str]) -> str | None:
     return None
 
 
-def _is_product(module: nn.Module, weight: Tensor) -> bool:
+def is_product(module: nn.Module, weight: Tensor) -> bool:
     """Whether a forward of its own (FalconLinear has one) computes x @ W.T + b: tried on two rows."""
     if "forward" in module.__dict__:
         return False
@@ -199,7 +145,7 @@ def _is_product(module: nn.Module, weight: Tensor) -> bool:
         return False
 
 
-def _refuse(module: nn.Module, name: str) -> None:
+def refuse(module: nn.Module, name: str) -> None:
     """Raise for a linear that the user expects to be replaced and that cannot be."""
     weight = module.weight
     assert isinstance(weight, Tensor)

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from torch_int4 import recipes
 from torch_int4.calibration.run import CalibratedPass
 from torch_int4.calibration.whole import WholeModel
-from torch_int4.config import Int4Config
 from torch_int4.errors import Int4Error
 from torch_int4.nn.extended import extend, extras_of
 from torch_int4.nn.linear import Int4Linear
-from torch_int4.patching.foreign import Foreign
+from torch_int4.patching.convert import chosen_and_facts
+from torch_int4.patching.plan import Plan, Survey, Target, decide
 from torch_int4.patching.report import PatchReport
-from torch_int4.patching.scan import Target
 from torch_int4.weights.result import Extra
+from torch_int4.weights.types import INT4
 
 
-def whole_model(
-    model: nn.Module,
-    targets: Sequence[Target],
-    foreign: Sequence[Foreign],
-    config: Int4Config,
-    calibrated: CalibratedPass | None,
-) -> WholeModel | None:
+def whole_model(plan: Plan, calibrated: CalibratedPass | None) -> WholeModel | None:
     """The model as such stages see it.
 
     None where the recipe has none, where nothing becomes 4 bits, and where the model holds int4 linears already: these
@@ -35,24 +28,34 @@ def whole_model(
     Raises:
         Int4Error: a stage would change a model whose linears another backend has quantized.
     """
+    model, config = plan.survey.model, plan.config
     recipe = recipes.parse(config.recipe)
-    if not (recipe.preparing or recipe.finishing) or not any(target.bits == 4 for target in targets):
+    if not (recipe.preparing or recipe.finishing) or not any(target.kind is INT4 for target in plan.targets):
         return None
-    if any(isinstance(module, Int4Linear) for module in model.modules()):
+    if plan.survey.holds_int4:
         return None
-    if recipe.preparing and foreign:
+    if recipe.preparing and plan.foreign:
         raise Int4Error(
-            f"{foreign[0].name}: is quantized already, and Int4Config.recipe={config.recipe!r} changes the float model "
-            "as a whole; load the float checkpoint, or choose another recipe"
+            f"{plan.foreign[0].name}: is quantized already, and Int4Config.recipe={config.recipe!r} changes the float "
+            "model as a whole; load the float checkpoint, or choose another recipe"
         )
-    return WholeModel(model, bits_of(targets), config, calibrated, lambda name, extras: _extend(model, name, extras))
+    return WholeModel(
+        model, bits_of(plan.targets), config, calibrated, lambda name, extras: _extend(model, name, extras)
+    )
 
 
-@contextlib.contextmanager
-def prepared() -> Iterator[None]:
-    """Errors within say that the model is no longer the one that was given."""
+def prepare(whole: WholeModel, plan: Plan, calibrated: CalibratedPass | None) -> Plan:
+    """Let the stages of the recipe change the model, and plan anew.
+
+    Raises:
+        Int4Error: also where the changed model cannot be served; it is no longer the one that was given.
+    """
+    whole.prepare()
     try:
-        yield
+        plan = decide(Survey(plan.survey.model, plan.survey.given), plan.config)
+        if calibrated is not None:
+            calibrated.capture(*chosen_and_facts(plan))
+        return plan
     except Int4Error as error:
         raise Int4Error(f"{error} (its recipe has prepared the model by now, so it must be loaded again)") from error
 

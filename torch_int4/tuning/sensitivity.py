@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from torch_int4 import recipes
 from torch_int4.config import Int4Config
-from torch_int4.patching.families import find
-from torch_int4.patching.scan import find_head, find_targets
+from torch_int4.patching.plan import targets_of
 from torch_int4.support.progress import track
 from torch_int4.tuning.scoring import WindowTask
+from torch_int4.weights.types import INT4
 
 TOKENS = 512  # of all windows together, that every layer is measured on
 MARGIN = 0.8  # share of the limit that is aimed at
@@ -42,8 +42,7 @@ def damage(model: Any, config: Int4Config, windows: Tensor, *, progress: bool | 
     task = WindowTask(windows[: max(1, TOKENS // length), :length], "damage", "kl")
     task.scores(model)
     rtn, layers = recipes.get("rtn"), []
-    targets, _ = find_targets(model, config, find_head(model, find(None)))
-    chosen = [target for target in targets if target.bits == 4]
+    chosen = [target for target in targets_of(model, config) if target.kind is INT4]
     for target in track(chosen, "linears", title="damage of", show=progress):
         module = target.module
         assert isinstance(module, nn.Module)

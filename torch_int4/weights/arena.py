@@ -1,47 +1,102 @@
 """Memory for many weights, next to each other, so that nearly all of it lies on pages of 2 MiB.
 
-A weight gets such pages where it is packed, but only between multiples of 2 MiB: one of 3 MiB by itself gets one such
-page, or none. Elsewhere the reads of a decode step stop at the end of every 4 KiB.
+A weight by itself gets such pages only between multiples of 2 MiB: one of 3 MiB gets one such page, or none. Elsewhere
+the reads of a decode step stop at the end of every 4 KiB. Weights are packed straight into their places here; nothing
+is copied afterwards, and a page of memory is first touched by the thread that will read it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
+from collections import deque
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from torch_int4.nn.linear import PACKED, Int4Linear
+from torch_int4.weights.canonical import Int4Weight
+from torch_int4.weights.packed import codes_shape, stream_shape
 
 SMALL = 32 << 20  # bytes; what is larger loses little at its ends
-LEAST = 1 << 20  # bytes; less is not worth moving
-SLAB = 64 << 20  # bytes of a piece of memory: more than this, and one weight, is never held twice
-LINE = 64  # bytes; weights begin at multiples of it
-
-_Place = tuple[Int4Linear, str, int]  # a buffer of a linear, and its bytes
+LEAST = 1 << 20  # bytes; less is not worth a slab
+SLAB = 64 << 20  # bytes of a slab are at least this, if as much is expected
+LINE = 64  # bytes; tensors begin at multiples of it
 
 
-def gather(linears: Iterable[Int4Linear]) -> int:
-    """Moves the packed weights of linears, in the given order, into shared memory; the bytes that were moved.
+class Size(NamedTuple):
+    """What is known of a packed weight before it is there.
 
-    What lies in shared memory already stays there, and so does what is mapped from a file. Each type has memory of its
-    own: torch saves no storage that is read as two.
+    Attributes:
+        out_features: rows.
+        in_features: columns.
+        group_size: inputs per group, or -1.
+        weight_type: the name of its type.
+        offsets: None where it has none, "integer" (uint8) or "float" (as the scales).
     """
-    waiting: dict[torch.dtype, list[_Place]] = {}
-    moved = 0
-    for linear in linears:
-        for name in () if linear.mapped else PACKED:
-            tensor = linear._buffers[name]
-            if tensor is None or tensor.nbytes >= SMALL or not tensor.is_cpu:
-                continue
-            if tensor.untyped_storage().nbytes() > tensor.nbytes:
-                continue
-            places = waiting.setdefault(tensor.dtype, [])
-            places.append((linear, name, tensor.nbytes))
-            if sum(_padded(size) for _, _, size in places) >= SLAB:
-                moved += _move(waiting.pop(tensor.dtype))
-    return moved + sum(map(_move, waiting.values()))
+
+    out_features: int
+    in_features: int
+    group_size: int
+    weight_type: str
+    offsets: str | None = None
+
+    @classmethod
+    def of(cls, weight: Int4Weight) -> Size:
+        """The size that a canonical weight will have."""
+        kind = "integer" if weight.zeros is not None else None if weight.offsets is None else "float"
+        return cls(weight.out_features, weight.in_features, weight.group_size, weight.type.name, kind)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, of scales in 16 bits, and of offsets."""
+        stream = math.prod(stream_shape(self.out_features, self.in_features, self.group_size))
+        added = {None: 0, "integer": 1, "float": 2}[self.offsets]
+        return math.prod(codes_shape(self.out_features, self.in_features, self.weight_type)) + (2 + added) * stream
+
+
+class Arena:
+    """Hands out memory for packed weights that come one after the other.
+
+    Each type of element has slabs of its own: torch saves no storage that is read as two. A slab is as large as what is
+    expected to fill it; where other sizes come than were expected, the next slab begins earlier or later.
+
+    Args:
+        sizes: of the weights that will come, in their order.
+    """
+
+    def __init__(self, sizes: Iterable[Size]) -> None:
+        self._bytes: deque[int] = deque()  # elements of the tensors to come: of uint8, and of floats
+        self._floats: deque[int] = deque()
+        self._slabs: dict[torch.dtype, tuple[Tensor, int]] = {}  # and how much of them is used
+        for size in sizes:
+            stream = math.prod(stream_shape(size.out_features, size.in_features, size.group_size))
+            self._bytes.append(math.prod(codes_shape(size.out_features, size.in_features, size.weight_type)))
+            self._floats.append(stream)
+            if size.offsets is not None:
+                (self._bytes if size.offsets == "integer" else self._floats).append(stream)
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory for one tensor, which nothing was written to yet: a `Memory` of `PackedWeight.pack`."""
+        coming = self._bytes if dtype == torch.uint8 else self._floats
+        nbytes = math.prod(shape) * dtype.itemsize
+        tensor = _advised(nbytes) if nbytes >= SMALL else self._cut(nbytes, dtype, coming)
+        if coming:
+            coming.popleft()
+        return tensor.view(dtype).view(shape)
+
+    def _cut(self, nbytes: int, dtype: torch.dtype, coming: deque[int]) -> Tensor:
+        slab, used = self._slabs.get(dtype, (None, 0))
+        if slab is None or used + nbytes > slab.numel():
+            total = max(_until_full(coming, dtype), _padded(nbytes))
+            if total < LEAST:
+                return torch.empty(nbytes, dtype=torch.uint8)
+            return_memory()  # after each slab: at the end would be too late for the peak
+            slab, used = _advised(total), 0
+        self._slabs[dtype] = slab, used + _padded(nbytes)
+        return slab[used : used + nbytes]
 
 
 def return_memory() -> None:
@@ -50,21 +105,23 @@ def return_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def _until_full(coming: Iterable[int], dtype: torch.dtype) -> int:
+    """Bytes of the next tensors that share a slab."""
+    total = 0
+    for count in coming:
+        size = count * dtype.itemsize
+        if size < SMALL:
+            total += _padded(size)
+        if total >= SLAB:
+            break
+    return total
+
+
 def _padded(size: int) -> int:
     return -(-size // LINE) * LINE
 
 
-def _move(places: list[_Place]) -> int:
-    used = sum(_padded(size) for _, _, size in places)
-    if used < LEAST:
-        return 0
-    slab = torch.empty(used, dtype=torch.uint8)
-    torch.ops.torch_int4.advise_huge_pages(slab)
-    begin = 0
-    for linear, name, size in places:
-        old = linear._buffers[name]
-        assert old is not None
-        linear._buffers[name] = slab[begin : begin + size].view(old.dtype).view(old.shape).copy_(old)
-        begin += _padded(size)
-    return_memory()  # after each slab: at the end would be too late for the peak
-    return used
+def _advised(nbytes: int) -> Tensor:
+    memory = torch.empty(nbytes, dtype=torch.uint8)
+    torch.ops.torch_int4.advise_huge_pages(memory)
+    return memory

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from torch_int4.errors import Int4Error
+from torch_int4.weights import types
 
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
-CODEBOOKS = ("nf4", "fp4", "bnb_fp4")  # files of our own form hold the index: append only
 
 
 def group_spans(inputs: int, group_size: int) -> Iterator[tuple[slice, slice, int]]:
@@ -37,12 +37,12 @@ class Int4Weight:
     bit by bit.
 
     Attributes:
-        codes: uint8 `[N, K]`; 0..15, or 0..255 when `bits == 8`.
+        codes: uint8 `[N, K]`, 0..2^bits - 1.
         scales: fp32, fp16 or bf16 `[N, G]`; a scale may be negative or zero. Or uint8: 2^(scale - 127), the shared
             exponents (E8M0) of MXFP4, which is the code book "fp4" with such scales and groups of 32.
         zeros: uint8 `[N, G]` integer zero points, or None.
         offsets: `[N, G]` in the scales' dtype, the weight of code 0, or None.
-            With neither, the weight is symmetric: the zero point is 8, or 128 when `bits == 8`.
+            With neither, the weight is symmetric: the zero point is 2^(bits - 1).
         perm: int64 `[K]` or None. Column k of the codes belongs to column `perm[k]` of the input.
         group_size: inputs per group along the columns of the codes, or -1 for one group per row.
         bits: 4 or 8.
@@ -71,6 +71,14 @@ class Int4Weight:
         return self.codes.shape[1]
 
     @property
+    def type(self) -> types.WeightType:
+        """The row of the table of types. Raises `Int4Error` where there is none for these bits and this code book."""
+        self._check_type("weight")
+        found = types.find(self.bits, self.codebook)
+        assert found is not None
+        return found
+
+    @property
     def groups(self) -> int:
         """Groups of a row, G."""
         return 1 if self.group_size == -1 else -(-self.in_features // self.group_size)
@@ -87,6 +95,7 @@ class Int4Weight:
         Raises:
             Int4Error: naming `name`, the tensor and the reason.
         """
+        self._check_type(name)
         self._check_codes(name)
         self._check_scales(name)
         self._check_offsets(name)
@@ -104,7 +113,7 @@ class Int4Weight:
             elif self.offsets is not None:
                 values = (scales * codes).add_(self.offsets[:, groups, None].float())
             else:
-                zeros = 1 << (self.bits - 1) if self.zeros is None else self.zeros[:, groups, None].float()
+                zeros = self.type.zero if self.zeros is None else self.zeros[:, groups, None].float()
                 values = (codes.float() - zeros).mul_(scales)
             out[:, columns] = values.flatten(1)
         if self.perm is None:
@@ -119,14 +128,19 @@ class Int4Weight:
         exponents = self.scales.int()
         return torch.where(exponents == 0, 0x00400000, exponents << 23).view(torch.float32)
 
+    def _check_type(self, name: str) -> None:
+        if self.bits not in types.BITS:
+            raise Int4Error(f"{name}: bits must be {' or '.join(map(str, types.BITS))}, got {self.bits!r}")
+        if types.find(self.bits, self.codebook) is None:
+            known = ", ".join(types.CODEBOOKS)
+            bits = " or ".join(str(n) for n in types.BITS if any(types.find(n, book) for book in types.CODEBOOKS))
+            raise Int4Error(f"{name}: codebook must be one of {known}, with {bits} bits; got {self.codebook!r}")
+
     def _check_codes(self, name: str) -> None:
-        if self.bits not in (4, 8):
-            raise Int4Error(f"{name}: bits must be 4 or 8, got {self.bits!r}")
         _check(name, "codes", self.codes, (torch.uint8,), None)
         if self.codes.dim() != 2 or self.codes.numel() == 0:
             raise Int4Error(f"{name}: codes must be [N, K] with N, K > 0, got shape {list(self.codes.shape)}")
-        if self.bits == 4 and int(self.codes.max()) > 15:
-            raise Int4Error(f"{name}: codes must be 0..15, found {int(self.codes.max())}")
+        self._check_range(name, "codes", self.codes)
         size = self.group_size
         if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
             raise Int4Error(f"{name}: group_size must be positive, or -1 for one group per row; got {size!r}")
@@ -136,10 +150,6 @@ class Int4Weight:
         finite = (self.scales != 255) if self.scales.dtype == torch.uint8 else torch.isfinite(self.scales)
         if not bool(finite.all()):
             raise Int4Error(f"{name}: scales hold NaN or infinity")
-        if self.codebook is not None and (self.codebook not in CODEBOOKS or self.bits != 4):
-            raise Int4Error(
-                f"{name}: codebook must be one of {', '.join(CODEBOOKS)}, with 4 bits; got {self.codebook!r}"
-            )
 
     def _check_offsets(self, name: str) -> None:
         shape = (self.out_features, self.groups)
@@ -151,12 +161,16 @@ class Int4Weight:
             raise Int4Error(f"{name}: offsets need scales that are floats, and these are exponents (uint8)")
         if self.zeros is not None:
             _check(name, "zeros", self.zeros, (torch.uint8,), shape, self.codes.device)
-            if self.bits == 4 and int(self.zeros.max()) > 15:
-                raise Int4Error(f"{name}: zeros must be 0..15, found {int(self.zeros.max())}")
+            self._check_range(name, "zeros", self.zeros)
         if self.offsets is not None:
             _check(name, "offsets", self.offsets, (self.scales.dtype,), shape, self.codes.device)
             if not bool(torch.isfinite(self.offsets).all()):
                 raise Int4Error(f"{name}: offsets hold NaN or infinity")
+
+    def _check_range(self, name: str, field: str, values: Tensor) -> None:
+        largest = self.type.largest
+        if largest < 255 and int(values.max()) > largest:
+            raise Int4Error(f"{name}: {field} must be 0..{largest}, found {int(values.max())}")
 
     def _check_perm(self, name: str) -> None:
         if self.perm is None:

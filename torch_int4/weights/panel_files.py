@@ -1,8 +1,8 @@
 """Packed weights in a file that processes map into memory and share, and the cache of such files.
 
-A file is safetensors: of each linear `packed`, `packed_scales`, `packed_offsets` and `perm` as `Int4Linear` holds
-them, each beginning at a multiple of 64 bytes, and what else makes up a linear in the metadata. It holds no instruction
-of any processor, so that one file serves all of them. Mapped weights are read from the disk when they are first used,
+A file is safetensors: of each weight `packed`, `packed_scales`, `packed_offsets` and `perm`, each beginning at a
+multiple of 64 bytes, and the sizes and types of the weights in the metadata. It holds no instruction of any processor,
+so that one file serves all of them. Mapped weights are read from the disk when they are first used,
 stay in the page cache for every process, and can be dropped from it: a model may be larger than memory.
 """
 
@@ -14,7 +14,6 @@ import mmap
 import os
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from torch_int4.errors import Int4Error
-from torch_int4.nn.linear import Int4Linear
 from torch_int4.support.atomic import new_file, put_in_place, replaced_file
+from torch_int4.weights.packed import FIELDS, PackedWeight
 
 LAYOUT = "torch_int4 panels P16 1"  # changes with the packed layout
 VARIABLE = "TORCH_INT4_PANELS"
@@ -33,18 +32,7 @@ _PAGE = 4096
 _ENTRY = 640  # bytes of header that a linear may need, besides four times its name
 _DTYPES = {torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32", torch.int64: "I64"}
 _BY_CODE = {code: dtype for dtype, code in _DTYPES.items()}
-_FIELDS = ("packed", "packed_scales", "packed_offsets", "perm")
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """What the metadata says of one linear."""
-
-    out_features: int
-    in_features: int
-    group_size: int
-    weight_type: str
-    dtype: str
+_SIZES = ("out_features", "in_features", "group_size", "weight_type")
 
 
 def cache_folder() -> Path | None:
@@ -65,7 +53,7 @@ def default_folder() -> Path:
 
 
 class PanelWriter:
-    """Writes linears to a file one after the other; the file gets its name when it is complete.
+    """Writes packed weights to a file one after the other; the file gets its name when it is complete.
 
     Args:
         folder: where; made if it is not there.
@@ -89,16 +77,12 @@ class PanelWriter:
         self._file: IO[bytes] = partial.open("w+b")
         self._file.seek(self._start)
 
-    def add(self, name: str, linear: Int4Linear) -> None:
-        """Write one linear, without its bias."""
-        for field in _FIELDS:
-            tensor = getattr(linear, field)
+    def add(self, name: str, weight: PackedWeight) -> None:
+        """Write one weight, by the name of its linear."""
+        for field, tensor in weight.tensors().items():
             if tensor is not None:
                 self._write(f"{name}.{field}", tensor)
-        shape = _Shape(
-            linear.out_features, linear.in_features, linear.group_size, linear.weight_type, str(linear.compute_dtype)
-        )
-        self._shapes[name] = asdict(shape)
+        self._shapes[name] = {field: getattr(weight, field) for field in _SIZES}
 
     def _write(self, key: str, tensor: Tensor) -> None:
         begin = self._file.tell() - self._start
@@ -111,8 +95,8 @@ class PanelWriter:
             self._file.write(bytes(missing))
             self._header[f".{end}"] = {"dtype": "U8", "shape": [missing], "data_offsets": [end, end + missing]}
 
-    def finish(self) -> dict[str, Int4Linear]:
-        """Complete the file, give it its name, and return its linears, mapped.
+    def finish(self) -> dict[str, PackedWeight]:
+        """Complete the file, give it its name, and return its weights by name, mapped.
 
         Raises:
             OSError: the disk is full, or the like.
@@ -126,14 +110,14 @@ class PanelWriter:
         self._file.flush()
         assert self._partial is not None
         if self._final is None:
-            linears = map_file(self._partial)
+            weights = map_file(self._partial)
             os.unlink(self._partial)
         else:
             put_in_place(self._partial, self._final)
-            linears = map_file(self._final)
+            weights = map_file(self._final)
         self._partial = None
         self._file.close()
-        return linears
+        return weights
 
     def discard(self) -> None:
         """Remove what `finish` has not completed."""
@@ -143,8 +127,8 @@ class PanelWriter:
             self._partial = None
 
 
-def map_file(path: str | os.PathLike[str]) -> dict[str, Int4Linear]:
-    """The linears of a file by name, their weights mapped and not read; writing to them would copy the page.
+def map_file(path: str | os.PathLike[str]) -> dict[str, PackedWeight]:
+    """The weights of a file by name, mapped and not read; writing to them would copy the page.
 
     Raises:
         Int4Error: it is no such file, is damaged, or was written by a version with another layout.
@@ -159,24 +143,16 @@ def map_file(path: str | os.PathLike[str]) -> dict[str, Int4Linear]:
             size = struct.unpack("<Q", file.read(8))[0]
             header = json.loads(file.read(size))
             memory = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        shapes = {name: _Shape(**fields) for name, fields in json.loads(metadata["linears"]).items()}
-        return {name: _linear(name, shape, header, memory, 8 + size) for name, shape in shapes.items()}
+        shapes = json.loads(metadata["linears"])
+        return {name: _weight(name, sizes, header, memory, 8 + size) for name, sizes in shapes.items()}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise Int4Error(f"{where}: cannot be mapped ({error}); remove it, and it will be made again") from error
 
 
-def _linear(name: str, shape: _Shape, header: dict[str, Any], memory: mmap.mmap, start: int) -> Int4Linear:
-    entries = [header.get(f"{name}.{field}") for field in _FIELDS]
-    linear = Int4Linear.from_packed(
-        *(None if entry is None else _tensor(entry, memory, start) for entry in entries),
-        out_features=shape.out_features,
-        in_features=shape.in_features,
-        group_size=shape.group_size,
-        weight_type=shape.weight_type,
-        dtype=getattr(torch, shape.dtype.removeprefix("torch.")),
-    )
-    linear.mapped = True
-    return linear
+def _weight(name: str, sizes: dict[str, Any], header: dict[str, Any], memory: mmap.mmap, start: int) -> PackedWeight:
+    entries = [header.get(f"{name}.{field}") for field in FIELDS]
+    tensors: list[Any] = [None if entry is None else _tensor(entry, memory, start) for entry in entries]
+    return PackedWeight(*tensors, *(sizes[field] for field in _SIZES)).check()
 
 
 def _tensor(entry: dict[str, Any], memory: mmap.mmap, start: int) -> Tensor:

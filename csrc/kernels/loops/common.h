@@ -12,10 +12,7 @@ constexpr Source packed_source(WeightType type) {
          : type == WeightType::kInt8 ? Source::kInt8Lines
                                      : Source::kBookLines;
 }
-constexpr Source unpacked_source(WeightType type) {
-  return type == WeightType::kInt4 ? Source::kUnpacked4 : Source::kUnpacked8;
-}
-constexpr int slab_bytes(WeightType type) { return kSlab * kPanelRows / (type == WeightType::kInt8 ? 1 : 2); }
+constexpr Source unpacked_source(WeightType type) { return is_wide(type) ? Source::kUnpacked8 : Source::kUnpacked4; }
 
 // Base of vectors without dpbusd, which multiply 8-bit codes as magnitudes, and activations that carry the signs.
 struct SignedPlanes {
@@ -25,7 +22,7 @@ struct SignedPlanes {
   // For tiles int4 becomes one byte per weight, 8-bit codes the plane of their values and that of their magnitudes.
   template <WeightType T>
   static constexpr int unpacked_bytes() {
-    return kPlane * (T == WeightType::kInt4 ? 1 : 2);
+    return kPlane * (is_wide(T) ? 2 : 1);
   }
 };
 
@@ -102,8 +99,8 @@ struct Int8Block {
 
   // Of block i of the rows, counted over all of them.
   static TI4_INLINE I start(const QuantizedRows& a, int64_t i) {
-    constexpr int kZero = O != Offset::kSymmetric ? 0 : T == WeightType::kInt4 ? 8 : 128;
-    constexpr int kTaken = T == WeightType::kInt4 ? 0 : V::kCentre8;  // from every code, by the products
+    constexpr int kZero = O != Offset::kSymmetric ? 0 : zero_point(T);
+    constexpr int kTaken = is_wide(T) ? V::kCentre8 : 0;  // from every code, by the products
     return V::set_int(kTaken == kZero ? 0 : (kTaken - kZero) * a.sums[i]);
   }
 

@@ -21,13 +21,13 @@ struct FloatLoops {
     if (w.offset == Offset::kInteger)
       zero = V::to_float(V::load_u8(static_cast<const uint8_t*>(w.offsets) + parameter));
     if (w.offset == Offset::kFloat) offset = load_parameters<V>(w.offsets, w.scale_type, parameter);
-    constexpr int kBits = T == WeightType::kInt8 ? 8 : 4, kMask = (1 << kBits) - 1, kInputs = 32 / kBits;
+    constexpr int kBits = code_bits(T), kMask = code_mask(T), kInputs = line_inputs(T);
     for (int64_t k = 0; k < inputs; k += kInputs, codes += kLineBytes) {
       const I line = V::load_int(codes);
 #pragma GCC unroll 8
       for (int j = 0; j < kInputs; ++j) {
         // A row's 32 bits hold bytes j = 0..3; int4 keeps inputs 0..3 in the low and 4..7 in the high nibbles.
-        const int shift = kBits == 8 ? 8 * j : 8 * (j % 4) + 4 * (j / 4);
+        const int shift = 8 * (j % 4) + kBits * (j / 4);
         const I code = V::and_int(V::shift_right(line, shift), V::set_int(kMask));
         F value = T == WeightType::kBook ? V::lookup(w.book->values, code) : V::sub(V::to_float(code), zero);
         value = V::fmadd(value, scale, offset);

@@ -136,7 +136,7 @@ struct Int8Loops : Int8Block<V, T, O> {
   template <int P>
   static TI4_INLINE void direct_passes(const PackedWeight& w, const QuantizedRows& a, int64_t panel, int64_t apart,
                                        const Output& out) {
-    constexpr int M = T == WeightType::kInt4 ? V::kDirectRows : V::kDirectRows8;
+    constexpr int M = is_wide(T) ? V::kDirectRows8 : V::kDirectRows;
     const int64_t most = M / out.terms, rows = a.rows / out.terms;
     int64_t passes = (rows + most - 1) / most;
     for (int64_t row = 0; passes > 0; --passes) {

@@ -16,7 +16,7 @@ struct Avx512Vnni : Avx512Vectors {
   // Int8 lines are what dpbusd reads: they stay where they are.
   template <WeightType T>
   static constexpr int unpacked_bytes() {
-    return T == WeightType::kInt8 ? 0 : kSlab * kPanelRows;
+    return code_bits(T) == 8 ? 0 : kSlab * kPanelRows;
   }
 
   template <Source S>

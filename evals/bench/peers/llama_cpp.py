@@ -15,6 +15,8 @@ from torch_int4 import Int4Error, Int4Weight
 from torch_int4.evals.bench import ggml as binding
 from torch_int4.evals.bench.contestants import Contestant, copies_of
 from torch_int4.evals.bench.ggml import VARIABLE, library
+from torch_int4.weights import nibbles
+from torch_int4.weights.types import INT4
 
 BLOCK = 32  # weights of a row that share a scale
 
@@ -100,7 +102,7 @@ class LlamaCpp:
 def weight_type(weight: Int4Weight) -> str | None:
     """The type of llama.cpp that holds this weight without loss (but for fp16 scales); None if there is none."""
     columns = weight.in_features if weight.group_size == -1 else weight.group_size
-    plain = weight.bits == 4 and weight.codebook is None and weight.offsets is None and weight.perm is None
+    plain = weight.type is INT4 and weight.offsets is None and weight.perm is None
     if not plain or columns % BLOCK or weight.in_features % columns:
         return None
     return "Q4_0" if weight.zeros is None else "Q4_1"
@@ -121,8 +123,8 @@ def q4_blocks(weight: Int4Weight) -> numpy.ndarray[Any, numpy.dtype[numpy.uint8]
     header = [scales] if weight.zeros is None else [scales, -scales * weight.zeros.float()]
     repeated = [t.repeat_interleave(K // BLOCK // t.shape[1], dim=1).half().unsqueeze(-1) for t in header]
     codes = weight.codes.view(N, K // BLOCK, 2, BLOCK // 2)
-    nibbles = codes[:, :, 0] | codes[:, :, 1] << 4
-    return torch.cat([*(t.view(torch.uint8) for t in repeated), nibbles], dim=-1).contiguous().numpy()
+    pairs = nibbles.pair(codes[:, :, 0], codes[:, :, 1])
+    return torch.cat([*(t.view(torch.uint8) for t in repeated), pairs], dim=-1).contiguous().numpy()
 
 
 def builders(weight: Int4Weight, rotate: int) -> dict[str, Callable[[], Contestant]]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from torch_int4 import Int4Weight
 from torch_int4.evals.bench.contestants import Contestant, copies_of
+from torch_int4.weights import nibbles
 
 
 class OnnxRuntime:
@@ -80,11 +80,10 @@ def missing() -> str | None:
 def _onnx_tensors(weight: Int4Weight) -> dict[str, Any]:
     """The operator's inputs, by row of the weight: codes (two a byte, even ones low), scales, zeros."""
     N, groups = weight.scales.shape
-    pairs = weight.codes.view(N, groups, -1, 2)
-    tensors = {"B": (pairs[..., 0] | pairs[..., 1] << 4).numpy(), "scales": weight.scales.float().numpy()}
+    pairs = nibbles.join(weight.codes.view(N, groups, -1))
+    tensors = {"B": pairs.numpy(), "scales": weight.scales.float().numpy()}
     if weight.zeros is not None:
-        padded = F.pad(weight.zeros, (0, groups % 2)).view(N, -1, 2)
-        tensors["zeros"] = (padded[..., 0] | padded[..., 1] << 4).numpy()
+        tensors["zeros"] = nibbles.join(weight.zeros).numpy()
     return tensors
 
 

@@ -1,0 +1,27 @@
+#include "framework/types.h"
+
+#include "framework/codebooks.h"
+
+namespace torch_int4 {
+
+const NamedType kNamedTypes[] = {{"int4", WeightType::kInt4, nullptr},
+                                 {"int8", WeightType::kInt8, nullptr},
+                                 {"nf4", WeightType::kBook, &kNf4},
+                                 {"fp4", WeightType::kBook, &kFp4},
+                                 {"bnb_fp4", WeightType::kBook, &kBnbFp4}};
+const int kNamedTypeCount = int(sizeof kNamedTypes / sizeof *kNamedTypes);
+
+const NamedType* find_type(const std::string& name) {
+  for (const NamedType& known : kNamedTypes) {
+    if (name == known.name) return &known;
+  }
+  return nullptr;
+}
+
+std::string type_names() {
+  std::string text;
+  for (const NamedType& known : kNamedTypes) text += (text.empty() ? "" : ", ") + std::string(known.name);
+  return text;
+}
+
+}  // namespace torch_int4
