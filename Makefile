@@ -1,8 +1,9 @@
-# make demo       set everything up in .venv and run SmolLM2 in float and in INT4
-# make test       the whole test suite           ARGS="-k linear -x" goes to pytest
-# make test-fast  all but its slow tests: under three minutes on two cores
-# make lint       ruff, mypy, order of rooms, clang-format; make format mends what can be mended
-# make install    the package alone              make clean removes builds, make distclean also .venv
+# make demo         set everything up in .venv and run SmolLM2 in float and in INT4
+# make test         the whole test suite           ARGS="-k linear -x" goes to pytest
+# make test-fast    all but its slow tests: under three minutes on two cores
+# make test-oldest  the tests of models, on the oldest transformers that is allowed
+# make lint         ruff, mypy, order of rooms, clang-format; make format mends what can be mended
+# make install      the package alone              make clean removes builds, make distclean also .venv
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=/some/folder the environment, CXX=clang++ the compiler.
 #
@@ -23,7 +24,7 @@ PINS := pyproject.toml constraints.txt
 # Folders too, whose time changes when a file goes.
 SOURCES := pyproject.toml setup.py $(shell find csrc torch_int4 patches evals -name __pycache__ -prune -o -print)
 
-.PHONY: demo test install lint format clean distclean
+.PHONY: demo test test-oldest install lint format clean distclean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -33,6 +34,10 @@ demo: $(VENV)/.demo $(VENV)/.package
 # Hub access is off: a test that asks for a download fails at once, everywhere.
 test: $(VENV)/.dev $(VENV)/.package
 	HF_HUB_OFFLINE=1 $(BIN)/pytest $(ARGS)
+
+# That version lies in a folder of its own, which goes before the environment's.
+test-oldest: $(VENV)/.oldest $(VENV)/.package
+	HF_HUB_OFFLINE=1 PYTHONPATH="$(abspath $(VENV))/oldest" $(BIN)/pytest -m oldest $(ARGS)
 
 install: $(VENV)/.package
 
@@ -90,6 +95,11 @@ $(VENV)/.demo: $(PINS) $(VENV)/.core
 $(VENV)/.dev: $(PINS) $(VENV)/.demo
 	$(PINNED) --no-build-isolation --only-deps '.[demo,eval,peft,serve]'
 	$(PINNED) --group dev
+	@touch $@
+
+$(VENV)/.oldest: pyproject.toml $(VENV)/.dev
+	rm -rf $(VENV)/oldest
+	$(PIP) --no-deps --target $(VENV)/oldest --group oldest
 	@touch $@
 
 # In the environment's own torch: an isolated build would fetch torch a second time.

@@ -15,6 +15,7 @@ import torch
 
 from torch_int4.calibration.capture import call_model, evaluating
 from torch_int4.errors import Int4Error
+from torch_int4.support.forwards import cache_keyword
 from torch_int4.tuning.paired import perplexity_loss
 from torch_int4.tuning.scoring import kl_sum, nll_sum
 
@@ -178,4 +179,4 @@ def _logits(model: Any, ids: torch.Tensor, cache: Any = None) -> torch.Tensor:
     """Logits [T, V]."""
     if cache is None:
         return call_model(model, ids[None]).logits[0]
-    return model(ids[None], past_key_values=cache, use_cache=True).logits[0]
+    return model(ids[None], **cache_keyword(model, cache), use_cache=True).logits[0]

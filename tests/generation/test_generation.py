@@ -28,6 +28,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from torch_int4 import Int4Cache
 
+pytestmark = pytest.mark.oldest
+
 SAMPLING = {"do_sample": True, "top_k": 10, "top_p": 0.7, "temperature": 0.7}
 BEAMS = {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 2.0}
 with_or_without_cache = pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no-cache"])

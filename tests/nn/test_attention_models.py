@@ -12,6 +12,8 @@ from transformers import DynamicCache, StaticCache
 from torch_int4 import Int4Cache, patch
 from torch_int4.nn.attention import FusedAttention
 
+pytestmark = pytest.mark.oldest
+
 
 @pytest.mark.parametrize("name", ALL)
 def test_prefill_and_64_steps(name):

@@ -20,6 +20,8 @@ from torch_int4.nn.prepared import PreparedLayer
 from torch_int4.patching import families
 from torch_int4.support.forwards import fingerprint
 
+pytestmark = pytest.mark.oldest
+
 BLOCKS = [name for name in FUSED if families.resolve(family_of(name)).blocks]
 
 

@@ -16,6 +16,8 @@ from torch_int4.nn import stack
 from torch_int4.nn.stack import FusedStack, stacks
 from torch_int4.patching import fuse_stack as _stack
 
+pytestmark = pytest.mark.oldest
+
 STACKED = ["gemma", "gpt_neox", "gpt_neox-serial", "llama", "llama-mha", "llama-odd", "mistral", "qwen2", "qwen3"]
 WINDOWS = ["cwm", "ministral", "qwen2-window"]  # ready to, but their layers are of two types
 

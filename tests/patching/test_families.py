@@ -15,6 +15,8 @@ from torch_int4.layouts.attention import AttentionLayout
 from torch_int4.nn.attention import FusedAttention
 from torch_int4.patching import families
 
+pytestmark = pytest.mark.oldest
+
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_is_data_about_modules_that_exist(name):

@@ -17,6 +17,8 @@ from torch_int4 import patch
 from torch_int4.patching import families
 from torch_int4.support.forwards import fingerprint
 
+pytestmark = pytest.mark.oldest
+
 WITH = f"(transformers {transformers.__version__})"
 
 

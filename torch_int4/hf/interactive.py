@@ -13,6 +13,7 @@ from transformers import TextStreamer
 
 from torch_int4.cache.int4_cache import Int4Cache
 from torch_int4.errors import Int4Error
+from torch_int4.support.forwards import cache_keyword
 
 Write = Callable[[str], None]
 
@@ -113,7 +114,7 @@ class Chat:
             ids,
             write=write,
             reused=reused,
-            past_key_values=self._cache,
+            **cache_keyword(self.model, self._cache),
             **self._arguments,
         )
         self.messages.append({"role": "assistant", "content": given.text})

@@ -38,6 +38,14 @@ def cache_argument(kind: type) -> str | None:
     return names[0] if len(names) == 1 else None
 
 
+def cache_keyword(model: Any, cache: Any) -> dict[str, Any]:
+    """A KV cache as the keyword argument that a model, or its `generate`, takes it by.
+
+    Models that wrap another one, and take anything, get it by the name that every version of transformers knows.
+    """
+    return {cache_argument(type(model)) or "past_key_values": cache}
+
+
 @functools.cache
 def fingerprint(kind: type) -> str:
     """What the `forward` of a class computes: a hash of its source and of the functions and methods of the same file

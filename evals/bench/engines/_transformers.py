@@ -11,6 +11,7 @@ import torch
 
 from torch_int4.evals.bench.engines import Spec, rows
 from torch_int4.evals.speed.generation import Clock
+from torch_int4.support.forwards import cache_keyword
 from torch_int4.tuning.footprint import read_bytes
 
 
@@ -39,19 +40,21 @@ class Generating:
         """Generates greedily, the end-of-text token ignored; seconds to each new token."""
         given = torch.tensor(rows(tokens, self.ids.shape[0], self.vocabulary), dtype=torch.int64)
         ids = torch.cat((self.ids, given), dim=1)
+        held = cache_keyword(self.model, self.cache)
         clock = Clock()
         start = time.perf_counter()
         output = self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=self.cache,
+            **held,
             max_new_tokens=new,
             do_sample=False,
             eos_token_id=None,
             return_dict_in_generate=True,
             streamer=clock,
         )
-        self.cache, self.ids = output.past_key_values, output.sequences
+        (name,) = held
+        self.cache, self.ids = output[name], output.sequences
         moments = [start, *clock.times[1:]]
         return [after - before for before, after in pairwise(moments)]
 
