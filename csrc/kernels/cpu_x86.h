@@ -1,4 +1,4 @@
-// What kernel files ask of an x86-64 processor and of Linux; framework/cpu_x86.cpp answers. A kernel file names the flags
+// What kernel files ask of an x86-64 processor and of Linux; framework/cpu_x86.cpp answers. A kernel file names flags
 // of its own instructions, as the manuals do, so that a new one needs no line here. Included outside of target regions:
 // every processor runs the questions.
 #pragma once

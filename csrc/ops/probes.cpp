@@ -23,6 +23,7 @@ using torch::stable::Tensor;
 std::vector<Probe> probes_here() {
   std::vector<Probe> found;
   const auto add = [&found](const Probe& probe) {
+    if (!probe.name) return;
     for (const Probe& other : found) {
       if (!strcmp(probe.name, other.name)) return;
     }
@@ -33,9 +34,7 @@ std::vector<Probe> probes_here() {
     const Probes* probes = (*set)->probes;
     if (!probes) continue;
     for (const Probe& probe : {probes->fp32, probes->bf16, probes->int8}) add(probe);
-    for (const Probe& probe : probes->others) {
-      if (probe.name) add(probe);
-    }
+    for (const Probe& probe : probes->others) add(probe);
   }
   return found;
 }
@@ -60,7 +59,8 @@ std::string probe_roof(std::string isa, std::string compute) {
   for (const IsaKernels* set : kernel_sets(false)) {
     if (isa != set->name || !set->probes) continue;
     const Probes& probes = *set->probes;
-    return (compute == "int8" ? probes.int8 : compute == "bf16" ? probes.bf16 : probes.fp32).name;
+    const char* name = (compute == "int8" ? probes.int8 : compute == "bf16" ? probes.bf16 : probes.fp32).name;
+    return name ? name : "";
   }
   return "";
 }
