@@ -1,6 +1,7 @@
 """`patch` on models whose linears another backend has loaded. The backends are stood in for by modules that keep the
 same tensors under the same names; where one installs, the last tests use it."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from oracle import random_weight
 from tiny_models import IDS, assert_same_model, int4s, llama, logits
 from torch import nn
 
-from torch_int4 import Int4Config, Int4Error, Int4Linear, formats, patch
+from torch_int4 import Int4Config, Int4Error, Int4Linear, formats, patch, recipes
 from torch_int4.recipes import rtn
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "tied": False}
@@ -223,3 +224,16 @@ def test_a_model_that_transformers_loads_through_bitsandbytes(tmp_path, kind):
     assert patched(input_ids=IDS).logits.isfinite().all()
     reference = llama(**SIZES)
     assert_same_model(reference, patched, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.usefixtures("toy_stages")
+def test_models_of_other_backends_cannot_be_prepared():
+    model = llama(**SIZES)
+    weight = rtn.quantize(model.model.layers[0].mlp.up_proj.weight, Int4Config())
+    model.model.layers[0].mlp.up_proj = of_gptq(model.model.layers[0].mlp.up_proj, weight)
+    before = copy.deepcopy(model.state_dict())
+    recipes.get("toy_shuffle").CALLS.clear()
+    with pytest.raises(Int4Error, match=r"up_proj: is quantized already, and .*changes the float model as a whole"):
+        patch(model, recipe="toy_shuffle+rtn")
+    assert recipes.get("toy_shuffle").CALLS == []
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

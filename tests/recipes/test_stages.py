@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from calibrating import small, tokens
-from tiny_models import int4s, linears, llama, logits
+from tiny_models import int4s, linears, logits
+from toys import EXACT, dense, model_of, toy
 from transformers import AutoModelForCausalLM
 
 import torch_int4
@@ -17,26 +18,6 @@ from torch_int4.recipes.parts import compose
 from torch_int4.recipes.parts.model import Model
 
 pytestmark = pytest.mark.usefixtures("toy_stages")
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "tied": False}
-EXACT = {"compute": "fp32", "kv_cache": "fp32"}
-
-
-def model_of(**fields):
-    return llama(**{**SIZES, **fields})
-
-
-def toy(name):
-    return recipes.get(f"toy_{name}")
-
-
-def dense(float_model, patched):
-    """The float model with the matrices that the linears of the patched one stand for."""
-    reference = copy.deepcopy(float_model)
-    for name, module in int4s(patched).items():
-        reference.get_submodule(name).weight.data = module.dequantize()
-        if module.bias is not None:
-            reference.get_submodule(name).bias.data = module.bias.data.clone()
-    return reference
 
 
 def assert_same_bits(a, b):
