@@ -83,21 +83,21 @@ void view_caches(const Tensor& key_cache, const Tensor& value_cache, const Optio
 
 // Few questions, as each asks LibTorch: from the same place on, in a storage of the same size, lie the bytes that were
 // checked.
-bool is_at(const Tensor& t, const void* data, const Place& place) {
-  return t.const_data_ptr() == data && t.storage_offset() == place.offset && t.numel() == place.count &&
-         stored_bytes(t) == place.stored;
+bool is_at(const Tensor& t, const void* data, const Extent& extent) {
+  return t.const_data_ptr() == data && t.storage_offset() == extent.offset && t.numel() == extent.count &&
+         stored_bytes(t) == extent.stored;
 }
 
-Place place_of(const Tensor& t) { return {t.storage_offset(), t.numel(), stored_bytes(t)}; }
+Extent extent_of(const Tensor& t) { return {t.storage_offset(), t.numel(), stored_bytes(t)}; }
 
-LinearPlaces places_of(const Linears& given, size_t i) {
+LinearExtents extents_of(const Linears& given, size_t i) {
   const OptionalTensor& offsets = given.offsets[i];
-  return {place_of(given.weights[i]), place_of(given.scales[i]), offsets ? place_of(*offsets) : Place{}};
+  return {extent_of(given.weights[i]), extent_of(given.scales[i]), offsets ? extent_of(*offsets) : Extent{}};
 }
 
 // The memory of a linear. Tensors keep their identity when they get another storage, type or shape (share_memory_(),
 // t.data = ..., t.set_(...), a storage that is resized): those are looked at from the start.
-void view_memory(const Linears& given, size_t i, const LinearPlaces& places, PackedWeight& w) {
+void view_memory(const Linears& given, size_t i, const LinearExtents& places, PackedWeight& w) {
   const OptionalTensor& offsets = given.offsets[i];
   if (is_at(given.weights[i], w.codes, places.codes) && is_at(given.scales[i], w.scales, places.scales) &&
       (!offsets || is_at(*offsets, w.offsets, places.offsets))) {
@@ -137,7 +137,7 @@ void prepare_layer(PreparedLayer& p, int64_t features, int64_t projections, bool
   l.parallel = parallel_residual;
   view_heads_of_caches(kv_heads, head_size, value_size, p.linears, l);
   view_linears(p.linears, features, l);
-  for (size_t i = 0; i < p.linears.weights.size(); ++i) p.places[i] = places_of(p.linears, i);
+  for (size_t i = 0; i < p.linears.weights.size(); ++i) p.places[i] = extents_of(p.linears, i);
   l.compute = compute_type(compute);
   l.activation = activation_type(activation);
   l.rotary.interleaved = interleaved;

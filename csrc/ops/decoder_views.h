@@ -24,12 +24,12 @@ struct Norms {
 };
 
 // Where a tensor was in its storage, and how large both were.
-struct Place {
+struct Extent {
   int64_t offset, count, stored;  // elements, elements, bytes
 };
 
-struct LinearPlaces {
-  Place codes, scales, offsets;
+struct LinearExtents {
+  Extent codes, scales, offsets;
 };
 
 // What stays the same from call to call, checked, with the tensors that it views. Norms, biases and permutations are
@@ -37,7 +37,7 @@ struct LinearPlaces {
 struct PreparedLayer {
   DecoderLayer layer{};
   Linears linears;
-  LinearPlaces places[kMaxLinears];
+  LinearExtents places[kMaxLinears];
   Norms norms;
 };
 
