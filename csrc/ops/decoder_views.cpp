@@ -97,10 +97,10 @@ LinearExtents extents_of(const Linears& given, size_t i) {
 
 // The memory of a linear. Tensors keep their identity when they get another storage, type or shape (share_memory_(),
 // t.data = ..., t.set_(...), a storage that is resized): those are looked at from the start.
-void view_memory(const Linears& given, size_t i, const LinearExtents& places, PackedWeight& w) {
+void view_memory(const Linears& given, size_t i, const LinearExtents& extents, PackedWeight& w) {
   const OptionalTensor& offsets = given.offsets[i];
-  if (is_at(given.weights[i], w.codes, places.codes) && is_at(given.scales[i], w.scales, places.scales) &&
-      (!offsets || is_at(*offsets, w.offsets, places.offsets))) {
+  if (is_at(given.weights[i], w.codes, extents.codes) && is_at(given.scales[i], w.scales, extents.scales) &&
+      (!offsets || is_at(*offsets, w.offsets, extents.offsets))) {
     return;
   }
   w = view_weight(given.weights[i], given.scales[i], offsets, w.out_features, w.in_features, given.group_size,
@@ -113,7 +113,7 @@ void view_memory(const PreparedLayer& p, DecoderLayer& l, std::vector<float>* co
   const size_t count = given.weights.size(), output = size_t(l.projections);
   for (size_t i = 0; i < count; ++i) {
     PackedWeight& w = l.weights[i];
-    view_memory(given, i, p.places[i], w);
+    view_memory(given, i, p.extents[i], w);
     l.biases[i] = bias_floats(given.biases[i], w.out_features, converted[i]);
     const bool read = i == 0 || i == output || i == output + 1 || i == count - 1;  // those of other linears are alike
     l.perms[i] = read ? check_perm(given.perms[i], w.in_features) : nullptr;
@@ -137,7 +137,7 @@ void prepare_layer(PreparedLayer& p, int64_t features, int64_t projections, bool
   l.parallel = parallel_residual;
   view_heads_of_caches(kv_heads, head_size, value_size, p.linears, l);
   view_linears(p.linears, features, l);
-  for (size_t i = 0; i < p.linears.weights.size(); ++i) p.places[i] = extents_of(p.linears, i);
+  for (size_t i = 0; i < p.linears.weights.size(); ++i) p.extents[i] = extents_of(p.linears, i);
   l.compute = compute_type(compute);
   l.activation = activation_type(activation);
   l.rotary.interleaved = interleaved;

@@ -37,7 +37,7 @@ struct LinearExtents {
 struct PreparedLayer {
   DecoderLayer layer{};
   Linears linears;
-  LinearExtents places[kMaxLinears];
+  LinearExtents extents[kMaxLinears];
   Norms norms;
 };
 

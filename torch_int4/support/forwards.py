@@ -43,7 +43,8 @@ def cache_keyword(model: Any, cache: Any) -> dict[str, Any]:
 
     Models that wrap another one, and take anything, get it by the name that every version of transformers knows.
     """
-    return {cache_argument(type(model)) or "past_key_values": cache}
+    kind: Any = type(model)
+    return {cache_argument(kind) or "past_key_values": cache}
 
 
 @functools.cache
