@@ -54,39 +54,30 @@ void view_states(const Tensor& query, const Tensor& key, const Tensor& value, Ro
 }
 
 Tensor rotary_append_op(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& cos,
-                        const OptionalTensor& sin, const Tensor& key_cache, const Tensor& value_cache,
-                        const OptionalTensor& key_scales, const OptionalTensor& value_scales, const Tensor& length,
-                        int64_t rotary_dim, bool interleaved) {
+                        const OptionalTensor& sin, const Caches& caches, int64_t rotary_dim, bool interleaved) {
   RotaryAppend a{};
   view_states(query, key, value, a);
   view_angles(cos, sin, rotary_dim, a);
   a.interleaved = interleaved;
-  a.type = cache_type(key_cache, "key_cache");
-  check_same_type(value_cache, "value_cache", key_cache, "key_cache");
-  a.key_cache = view_cache(key_cache, "key_cache", key_scales, "key_scales", a.key, a);
-  a.value_cache = view_cache(value_cache, "value_cache", value_scales, "value_scales", a.value, a);
-  a.capacity = key_cache.size(2);
-  check_same(value_cache, "value_cache", 2, a.capacity, "the capacity of key_cache");
-  a.length = check_room(length, a.tokens, a.capacity);
+  view_caches(caches, a);
   Tensor rotated = torch::stable::new_empty(query, {a.batch, a.tokens, a.query.heads, a.query.dim});
   a.rotated = rotated.mutable_data_ptr();
   if (a.batch * a.tokens > 0) rotary_append(a, parallel);
-  *static_cast<int64_t*>(length.mutable_data_ptr()) = a.length + a.tokens;
+  *static_cast<int64_t*>(caches.length.mutable_data_ptr()) = a.length + a.tokens;
   return rotated;
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torch_int4, m) {
-  m.def(
-      "rotary_append(Tensor query, Tensor key, Tensor value, Tensor? cos, Tensor? sin, Tensor(a!) key_cache, "
-      "Tensor(b!) value_cache, Tensor(c!)? key_scales, Tensor(d!)? value_scales, Tensor(e!) length, *, "
-      "int rotary_dim=0, bool interleaved=False) -> Tensor");
+  m.def(schema("rotary_append", "Tensor", "Tensor query, Tensor key, Tensor value, Tensor? cos, Tensor? sin",
+               Caches::schema(), "*, int rotary_dim=0, bool interleaved=False")
+            .c_str());
   m.def(
       "attention(Tensor query, Tensor key, Tensor value, Tensor? key_scales, Tensor? value_scales, Tensor? length, "
       "Tensor? mask, Tensor? alibi_slopes, *, float scale, bool causal, int window=0, float softcap=0.) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torch_int4, CPU, m) {
-  m.impl("rotary_append", TORCH_BOX(&rotary_append_op));
+  m.impl("rotary_append", boxed<&rotary_append_op>);
   m.impl("attention", TORCH_BOX(&attention_op));
 }
 

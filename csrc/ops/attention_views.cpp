@@ -68,7 +68,7 @@ static void check_scales(const OptionalTensor& scales, const char* name, const T
   for (int64_t d = 0; d < 3; ++d) check_same(*scales, name, d, keys.size(d), "the size of the cache");
 }
 
-void check_length(const Tensor& length) { check_tensor(length, "length", ScalarType::Long, "int64", {1}); }
+static void check_length(const Tensor& length) { check_tensor(length, "length", ScalarType::Long, "int64", {1}); }
 
 KeysView view_keys(const Tensor& t, const char* name, const OptionalTensor& scales, const char* scales_name) {
   check_view(t, name, 4);
@@ -81,15 +81,6 @@ KeysView view_keys(const Tensor& t, const char* name, const OptionalTensor& scal
     view.scale_head_stride = scales->stride(1);
   }
   return view;
-}
-
-int64_t check_room(const Tensor& length, int64_t tokens, int64_t capacity) {
-  check_length(length);
-  const int64_t held = *static_cast<const int64_t*>(length.const_data_ptr());
-  // Not held + tokens, which may be beyond the largest number.
-  STD_TORCH_CHECK(held >= 0 && held <= capacity - tokens, "torch_int4: length says that the cache holds ", held, " of ",
-                  capacity, " tokens (its capacity); ", tokens, " more do not fit. Use a larger cache");
-  return held;
 }
 
 int64_t valid_keys(const OptionalTensor& length, int64_t keys) {
@@ -156,6 +147,19 @@ void view_angles(const OptionalTensor& cos, const OptionalTensor& sin, int64_t r
   a.sin_token_stride = sin->stride(1);
 }
 
+namespace {
+
+// The tokens that `length` says are in a cache, where so many more fit.
+int64_t check_room(const Tensor& length, int64_t tokens, int64_t capacity) {
+  check_length(length);
+  const int64_t held = *static_cast<const int64_t*>(length.const_data_ptr());
+  // Not held + tokens, which may be beyond the largest number.
+  STD_TORCH_CHECK(held >= 0 && held <= capacity - tokens, "torch_int4: length says that the cache holds ", held, " of ",
+                  capacity, " tokens (its capacity); ", tokens, " more do not fit. Use a larger cache");
+  return held;
+}
+
+// A cache that takes keys or values like `source`.
 CacheTarget view_cache(const Tensor& cache, const char* name, const OptionalTensor& scales, const char* scales_name,
                        const HeadsView& source, const RotaryAppend& a) {
   check_layout(cache, name, 4);
@@ -165,6 +169,18 @@ CacheTarget view_cache(const Tensor& cache, const char* name, const OptionalTens
   if (!scales) return {cache.mutable_data_ptr(), nullptr};
   STD_TORCH_CHECK(scales->is_contiguous(), "torch_int4: ", scales_name, " must be contiguous");
   return {cache.mutable_data_ptr(), static_cast<float*>(scales->mutable_data_ptr())};
+}
+
+}  // namespace
+
+void view_caches(const Caches& given, RotaryAppend& a) {
+  a.type = cache_type(given.keys, "key_cache");
+  check_same_type(given.values, "value_cache", given.keys, "key_cache");
+  a.key_cache = view_cache(given.keys, "key_cache", given.key_scales, "key_scales", a.key, a);
+  a.value_cache = view_cache(given.values, "value_cache", given.value_scales, "value_scales", a.value, a);
+  a.capacity = given.keys.size(2);
+  check_same(given.values, "value_cache", 2, a.capacity, "the capacity of key_cache");
+  a.length = check_room(given.length, a.tokens, a.capacity);
 }
 
 }  // namespace torch_int4

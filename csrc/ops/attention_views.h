@@ -1,7 +1,7 @@
 // Queries, keys, masks, angles and caches as operators get them: checks of the tensors, and views of their memory.
 #pragma once
 #include "framework/attention.h"
-#include "ops/tensors.h"
+#include "ops/nouns.h"
 
 namespace torch_int4 {
 
@@ -13,10 +13,6 @@ constexpr int64_t kMaxHeadSize = int64_t(1) << 16;
 void check_view(const Tensor& t, const char* name, int64_t dims);
 void check_same(const Tensor& t, const char* name, int64_t dim, int64_t expected, const char* what);
 void check_same_type(const Tensor& t, const char* name, const Tensor& other, const char* other_name);
-void check_length(const Tensor& length);
-
-// The tokens that `length` says are in a cache, where so many more fit.
-int64_t check_room(const Tensor& length, int64_t tokens, int64_t capacity);
 
 CacheType cache_type(const Tensor& t, const char* name);
 HeadsView view_heads(const Tensor& t, const char* name);
@@ -30,8 +26,7 @@ void view_mask(const OptionalTensor& mask, Attention& a);
 void view_slopes(const OptionalTensor& slopes, Attention& a);
 void view_angles(const OptionalTensor& cos, const OptionalTensor& sin, int64_t rotary_dim, RotaryAppend& a);
 
-// A cache that takes keys or values like `source`.
-CacheTarget view_cache(const Tensor& cache, const char* name, const OptionalTensor& scales, const char* scales_name,
-                       const HeadsView& source, const RotaryAppend& a);
+// The caches that take the keys and values of `a`, whose batch, tokens and heads are there already.
+void view_caches(const Caches& given, RotaryAppend& a);
 
 }  // namespace torch_int4

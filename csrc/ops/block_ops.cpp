@@ -38,12 +38,12 @@ void normalize_rows(void* context, int64_t begin, int64_t end) {
   }
 }
 
-Tensor normalize(const Tensor& x, const Tensor& norm_weight, const OptionalTensor& norm_bias, std::string norm,
-                 double eps, double norm_offset) {
+Tensor normalize(const Tensor& x, const Tensor& norm_weight, const OptionalTensor& norm_bias,
+                 const NormOptions& options) {
   const int64_t features = input_features(x);
   STD_TORCH_CHECK(features, "torch_int4: x must have features");
   NormView view{};
-  view_norm(x, features, norm_weight, norm_bias, norm, eps, norm_offset, view);
+  view_norm(x, features, norm_weight, norm_bias, options, view);
   const Tensor contiguous = make_contiguous(x);
   Tensor y = torch::stable::new_empty(x, output_shape(x, features));
   NormJob job{view_input(contiguous, features, std::nullopt), features, static_cast<char*>(y.mutable_data_ptr())};
@@ -53,34 +53,31 @@ Tensor normalize(const Tensor& x, const Tensor& norm_weight, const OptionalTenso
 }
 
 std::vector<Tensor> norm_linears(const Tensor& x, const Tensor& norm_weight, const OptionalTensor& norm_bias,
-                                 std::vector<Tensor> weights, std::vector<Tensor> scales,
-                                 std::vector<OptionalTensor> offsets, std::vector<OptionalTensor> biases,
-                                 const OptionalTensor& perm, std::vector<int64_t> out_features, int64_t group_size,
-                                 std::string type, std::string compute, std::optional<ScalarType> out_dtype,
-                                 std::string norm, double eps, double norm_offset) {
-  const std::vector<PackedWeight> views =
-      view_weights(weights, scales, offsets, biases, out_features, input_features(x), group_size, type);
+                                 const LinearsTensors& linears, const OptionalTensor& perm,
+                                 const LinearsOptions& options, std::optional<ScalarType> out_dtype,
+                                 const NormOptions& norm) {
+  const std::vector<PackedWeight> views = view_weights(linears, options, input_features(x));
   NormView view{};
-  view_norm(x, input_features(x), norm_weight, norm_bias, norm, eps, norm_offset, view);
-  return apply(x, views, biases, perm, compute, out_dtype, &view.norm);
+  view_norm(x, input_features(x), norm_weight, norm_bias, norm, view);
+  return apply(x, views, linears.biases, perm, options.compute, out_dtype, &view.norm);
 }
 
-Tensor linear_add(const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& scales,
-                  const OptionalTensor& offsets, const OptionalTensor& bias, const OptionalTensor& perm,
-                  int64_t out_features, int64_t group_size, std::string type, std::string compute) {
-  const PackedWeight w = view_weight(weight, scales, offsets, out_features, input_features(x), group_size, type);
+Tensor linear_add(const Tensor& x, const Tensor& residual, const LinearTensors& linear,
+                  const LinearOptions<int64_t>& options) {
+  const PackedWeight w = view_weight(linear.weight, options.out_features, input_features(x), options.weight);
   const Tensor contiguous = make_contiguous(residual, "residual");
-  return apply(x, {w}, {bias}, perm, compute, std::nullopt, nullptr, view_residual(contiguous, x, out_features))[0];
+  const void* added = view_residual(contiguous, x, options.out_features);
+  return apply(x, {w}, {linear.bias}, linear.perm, options.compute, std::nullopt, nullptr, added)[0];
 }
 
 Tensor mlp_op(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& norm_weight,
-              const OptionalTensor& norm_bias, std::vector<Tensor> weights, std::vector<Tensor> scales,
-              std::vector<OptionalTensor> offsets, std::vector<OptionalTensor> biases, const OptionalTensor& perm,
-              const OptionalTensor& down_perm, std::vector<int64_t> out_features, int64_t group_size, std::string type,
-              std::string compute, std::string activation, std::string norm, double eps, double norm_offset) {
-  const size_t count = weights.size();
-  STD_TORCH_CHECK((count == 2 || count == 3) && scales.size() == count && offsets.size() == count &&
-                      biases.size() == count && out_features.size() == count,
+              const OptionalTensor& norm_bias, const LinearsTensors& linears, const OptionalTensor& perm,
+              const OptionalTensor& down_perm, const LinearsOptions& options, const std::string& activation,
+              const NormOptions& norm) {
+  const size_t count = linears.count();
+  const std::vector<int64_t>& out_features = options.out_features;
+  STD_TORCH_CHECK((count == 2 || count == 3) && linears.scales.size() == count && linears.offsets.size() == count &&
+                      linears.biases.size() == count && out_features.size() == count,
                   "torch_int4: weights, scales, offsets, biases and out_features must be lists of three (gate, up and "
                   "down) or of two (up and down)");
   STD_TORCH_CHECK(norm_weight || !norm_bias, "torch_int4: norm_bias needs a norm_weight");
@@ -91,19 +88,19 @@ Tensor mlp_op(const Tensor& x, const OptionalTensor& residual, const OptionalTen
   std::vector<float> converted[3];
   for (size_t i = 0; i < count; ++i) {
     const int64_t inputs = i + 1 < count ? input_features(x) : out_features[0];
-    m.weights[i] = view_weight(weights[i], scales[i], offsets[i], out_features[i], inputs, group_size, type);
-    m.biases[i] = bias_floats(biases[i], out_features[i], converted[i]);
+    m.weights[i] = view_weight(linears.weight(i), out_features[i], inputs, options.weight);
+    m.biases[i] = bias_floats(linears.biases[i], out_features[i], converted[i]);
   }
   const Tensor contiguous = make_contiguous(x);
   m.x = view_input(contiguous, input_features(x), perm);
   NormView view{};
   if (norm_weight) {
-    view_norm(x, input_features(x), *norm_weight, norm_bias, norm, eps, norm_offset, view);
+    view_norm(x, input_features(x), *norm_weight, norm_bias, norm, view);
     m.x.norm = &view.norm;
   }
   m.down_perm = check_perm(down_perm, out_features[0]);
   m.activation = activation_type(activation);
-  const Compute how = compute_type(compute);
+  const Compute how = compute_type(options.compute);
   const int64_t features = out_features[count - 1];
   const Tensor added = residual ? make_contiguous(*residual, "residual") : x;
   const void* residual_data = residual ? view_residual(added, x, features) : nullptr;
@@ -114,30 +111,25 @@ Tensor mlp_op(const Tensor& x, const OptionalTensor& residual, const OptionalTen
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torch_int4, m) {
-  m.def(
-      "normalize(Tensor x, Tensor norm_weight, Tensor? norm_bias=None, *, str norm=\"rms\", float eps=1e-6, "
-      "float norm_offset=0.) -> Tensor");
-  m.def(
-      "norm_linears(Tensor x, Tensor norm_weight, Tensor? norm_bias, Tensor[] weights, Tensor[] scales, "
-      "Tensor?[] offsets, Tensor?[] biases, Tensor? perm=None, *, int[] out_features, int group_size, "
-      "str weight_type=\"int4\", str compute=\"int8\", ScalarType? out_dtype=None, str norm=\"rms\", float eps=1e-6, "
-      "float norm_offset=0.) -> Tensor[]");
-  m.def(
-      "linear_add(Tensor x, Tensor residual, Tensor weight, Tensor scales, Tensor? offsets=None, Tensor? bias=None, "
-      "Tensor? perm=None, *, int out_features, int group_size, str weight_type=\"int4\", str compute=\"int8\") "
-      "-> Tensor");
-  m.def(
-      "mlp(Tensor x, Tensor? residual, Tensor? norm_weight, Tensor? norm_bias, Tensor[] weights, "
-      "Tensor[] scales, Tensor?[] offsets, Tensor?[] biases, Tensor? perm=None, Tensor? down_perm=None, *, "
-      "int[] out_features, int group_size, str weight_type=\"int4\", str compute=\"int8\", str activation=\"silu\", "
-      "str norm=\"rms\", float eps=1e-6, float norm_offset=0.) -> Tensor");
+  m.def(schema("normalize", "Tensor", "Tensor x, Tensor norm_weight, Tensor? norm_bias=None, *", NormOptions::schema())
+            .c_str());
+  m.def(schema("norm_linears", "Tensor[]", "Tensor x, Tensor norm_weight, Tensor? norm_bias", LinearsTensors::schema(),
+               "Tensor? perm=None, *", LinearsOptions::schema(), "ScalarType? out_dtype=None", NormOptions::schema())
+            .c_str());
+  m.def(schema("linear_add", "Tensor", "Tensor x, Tensor residual", LinearTensors::schema(), "*",
+               LinearOptions<int64_t>::schema())
+            .c_str());
+  m.def(schema("mlp", "Tensor", "Tensor x, Tensor? residual, Tensor? norm_weight, Tensor? norm_bias",
+               LinearsTensors::schema(), "Tensor? perm=None, Tensor? down_perm=None, *", LinearsOptions::schema(),
+               "str activation=\"silu\"", NormOptions::schema())
+            .c_str());
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torch_int4, CPU, m) {
-  m.impl("normalize", TORCH_BOX(&normalize));
-  m.impl("norm_linears", TORCH_BOX(&norm_linears));
-  m.impl("linear_add", TORCH_BOX(&linear_add));
-  m.impl("mlp", TORCH_BOX(&mlp_op));
+  m.impl("normalize", boxed<&normalize>);
+  m.impl("norm_linears", boxed<&norm_linears>);
+  m.impl("linear_add", boxed<&linear_add>);
+  m.impl("mlp", boxed<&mlp_op>);
 }
 
 }  // namespace

@@ -15,29 +15,19 @@ Tensor empty_output(const Tensor& x) {
   return torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)});
 }
 
-Tensor decoder_layer_op(const Tensor& x, std::vector<Tensor> norm_weights, std::vector<OptionalTensor> norm_biases,
-                        std::vector<Tensor> head_norms, std::vector<Tensor> weights, std::vector<Tensor> scales,
-                        std::vector<OptionalTensor> offsets, std::vector<OptionalTensor> biases,
-                        std::vector<OptionalTensor> perms, const OptionalTensor& cos, const OptionalTensor& sin,
-                        const Tensor& key_cache, const Tensor& value_cache, const OptionalTensor& key_scales,
-                        const OptionalTensor& value_scales, const Tensor& length, const OptionalTensor& mask,
-                        std::vector<int64_t> out_features, int64_t group_size, std::string type, std::string compute,
-                        std::string activation, std::string norm, double eps, double norm_offset, int64_t projections,
-                        bool parallel_residual, int64_t rotary_dim, bool interleaved, double scale, double softcap) {
-  check_view(key_cache, "key_cache", 4);
-  check_view(value_cache, "value_cache", 4);
-  PreparedLayer p;
-  p.linears = {std::move(weights), std::move(scales),       std::move(offsets), std::move(biases),
-               std::move(perms),   std::move(out_features), group_size,         std::move(type)};
-  p.norms = {std::move(norm_weights), std::move(norm_biases), std::move(head_norms), std::move(norm), eps, norm_offset};
-  prepare_layer(p, input_features(x), projections, parallel_residual, interleaved, compute, activation,
-                key_cache.size(1), key_cache.size(3), value_cache.size(3));
-  const LayerState state{cos, sin, key_cache, value_cache, key_scales, value_scales, length, mask};
+Tensor decoder_layer_op(const Tensor& x, const LayerTensors& tensors, const OptionalTensor& cos,
+                        const OptionalTensor& sin, const Caches& caches, const OptionalTensor& mask,
+                        const LayerOptions& options, int64_t rotary_dim, double scale, double softcap) {
+  check_view(caches.keys, "key_cache", 4);
+  check_view(caches.values, "value_cache", 4);
+  PreparedLayer p{tensors, options};
+  prepare_layer(p, input_features(x), {caches.keys.size(1), caches.keys.size(3), caches.values.size(3)});
+  const LayerState state{cos, sin, caches, mask};
   const Tensor contiguous = make_contiguous(x);
   Tensor y = empty_output(x);
   thread_local LayerView view;
   view_layer(p, contiguous, state, rotary_dim, scale, softcap, y, view);
-  run_layer(view, state);
+  run_layer(view, caches.length);
   return y;
 }
 
@@ -73,21 +63,12 @@ Registry& registry() {
   return *all;
 }
 
-int64_t prepare_op(std::vector<Tensor> norm_weights, std::vector<OptionalTensor> norm_biases,
-                   std::vector<Tensor> head_norms, std::vector<Tensor> weights, std::vector<Tensor> scales,
-                   std::vector<OptionalTensor> offsets, std::vector<OptionalTensor> biases,
-                   std::vector<OptionalTensor> perms, std::vector<int64_t> out_features, int64_t group_size,
-                   std::string type, std::string compute, std::string activation, std::string norm, double eps,
-                   double norm_offset, int64_t projections, bool parallel_residual, bool interleaved, int64_t kv_heads,
-                   int64_t head_size, int64_t value_size) {
-  STD_TORCH_CHECK(!norm_weights.empty() && norm_weights[0].dim() == 1, "torch_int4: norm_weights must be [features]");
-  auto p = std::make_shared<PreparedLayer>();
-  p->linears = {std::move(weights), std::move(scales),       std::move(offsets), std::move(biases),
-                std::move(perms),   std::move(out_features), group_size,         std::move(type)};
-  p->norms = {
-      std::move(norm_weights), std::move(norm_biases), std::move(head_norms), std::move(norm), eps, norm_offset};
-  prepare_layer(*p, p->norms.weights[0].size(0), projections, parallel_residual, interleaved, compute, activation,
-                kv_heads, head_size, value_size);
+int64_t prepare_op(const LayerTensors& tensors, const LayerOptions& options, int64_t kv_heads, int64_t head_size,
+                   int64_t value_size) {
+  const std::vector<Tensor>& norms = tensors.norm_weights;
+  STD_TORCH_CHECK(!norms.empty() && norms[0].dim() == 1, "torch_int4: norm_weights must be [features]");
+  auto p = std::make_shared<PreparedLayer>(PreparedLayer{tensors, options});
+  prepare_layer(*p, norms[0].size(0), {kv_heads, head_size, value_size});
   return registry().add(std::move(p));
 }
 
@@ -113,7 +94,7 @@ struct Stack {
   LayerCall* calls;
 
   LayerState state(size_t i) const {
-    return {cos, sin, key_caches[i], value_caches[i], key_scales[i], value_scales[i], lengths[i], mask};
+    return {cos, sin, {key_caches[i], value_caches[i], key_scales[i], value_scales[i], lengths[i]}, mask};
   }
 };
 
@@ -155,28 +136,20 @@ Tensor prepared_op(const Tensor& x, std::vector<int64_t> layers, const OptionalT
   for (const LayerCall& call : calls) {
     if (call.error) std::rethrow_exception(call.error);
   }
-  for (size_t i = 0; i < count; ++i) run_layer(views[i], stack.state(i));
+  for (size_t i = 0; i < count; ++i) run_layer(views[i], lengths[i]);
   return stack.outputs[(count - 1) % 2];
 }
 
 void release_op(int64_t layer) { registry().remove(layer); }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(torch_int4, m) {
-  m.def(
-      "decoder_layer(Tensor x, Tensor[] norm_weights, Tensor?[] norm_biases, Tensor[] head_norms, Tensor[] weights, "
-      "Tensor[] scales, "
-      "Tensor?[] offsets, Tensor?[] biases, Tensor?[] perms, Tensor? cos, Tensor? sin, Tensor(a!) key_cache, "
-      "Tensor(b!) value_cache, Tensor(c!)? key_scales, Tensor(d!)? value_scales, Tensor(e!) length, "
-      "Tensor? mask=None, *, int[] out_features, int group_size, str weight_type=\"int4\", str compute=\"int8\", "
-      "str activation=\"silu\", str norm=\"rms\", float eps=1e-6, float norm_offset=0., int projections=3, "
-      "bool parallel_residual=False, int rotary_dim=0, bool interleaved=False, float scale, float softcap=0.) "
-      "-> Tensor");
-  m.def(
-      "prepare_decoder_layer(Tensor[] norm_weights, Tensor?[] norm_biases, Tensor[] head_norms, Tensor[] weights, "
-      "Tensor[] scales, Tensor?[] offsets, Tensor?[] biases, Tensor?[] perms, *, int[] out_features, int group_size, "
-      "str weight_type=\"int4\", str compute=\"int8\", str activation=\"silu\", str norm=\"rms\", float eps=1e-6, "
-      "float norm_offset=0., int projections=3, bool parallel_residual=False, bool interleaved=False, int kv_heads, "
-      "int head_size, int value_size) -> int");
+  m.def(schema("decoder_layer", "Tensor", "Tensor x", LayerTensors::schema(), "Tensor? cos, Tensor? sin",
+               Caches::schema(), "Tensor? mask=None, *", LayerOptions::schema(),
+               "int rotary_dim=0, float scale, float softcap=0.")
+            .c_str());
+  m.def(schema("prepare_decoder_layer", "int", LayerTensors::schema(), "*", LayerOptions::schema(),
+               "int kv_heads, int head_size, int value_size")
+            .c_str());
   m.def(
       "prepared_decoder_layers(Tensor x, int[] layers, Tensor? cos, Tensor? sin, Tensor(a!)[] key_caches, "
       "Tensor(b!)[] value_caches, Tensor?[] key_scales, Tensor?[] value_scales, Tensor(c!)[] lengths, Tensor? mask, "
@@ -185,8 +158,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(torch_int4, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torch_int4, CPU, m) {
-  m.impl("decoder_layer", TORCH_BOX(&decoder_layer_op));
-  m.impl("prepare_decoder_layer", TORCH_BOX(&prepare_op));
+  m.impl("decoder_layer", boxed<&decoder_layer_op>);
+  m.impl("prepare_decoder_layer", boxed<&prepare_op>);
   m.impl("prepared_decoder_layers", TORCH_BOX(&prepared_op));
 }
 

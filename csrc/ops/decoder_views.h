@@ -6,23 +6,6 @@
 
 namespace torch_int4 {
 
-// The linears of a layer as they are given, lists of one length.
-struct Linears {
-  std::vector<Tensor> weights, scales;
-  std::vector<OptionalTensor> offsets, biases, perms;
-  std::vector<int64_t> out_features;
-  int64_t group_size;
-  std::string type;
-};
-
-struct Norms {
-  std::vector<Tensor> weights;
-  std::vector<OptionalTensor> biases;
-  std::vector<Tensor> heads;
-  std::string kind;
-  double eps, offset;
-};
-
 // Where a tensor was in its storage, and how large both were.
 struct Extent {
   int64_t offset, count, stored;  // elements, elements, bytes
@@ -35,25 +18,26 @@ struct LinearExtents {
 // What stays the same from call to call, checked, with the tensors that it views. Norms, biases and permutations are
 // checked at each call: they may have been written to. So is whether the other tensors still have their memory.
 struct PreparedLayer {
+  LayerTensors tensors;
+  LayerOptions options;
   DecoderLayer layer{};
-  Linears linears;
   LinearExtents extents[kMaxLinears];
-  Norms norms;
 };
 
 // What a call brings besides x.
 struct LayerState {
   const OptionalTensor &cos, &sin;
-  const Tensor &key_cache, &value_cache;
-  const OptionalTensor &key_scales, &value_scales;
-  const Tensor& length;
+  Caches caches;
   const OptionalTensor& mask;
 };
 
-// Fills in the layer, all that does not depend on x and the caches but for `features`, the last size of x.
-void prepare_layer(PreparedLayer& p, int64_t features, int64_t projections, bool parallel_residual, bool interleaved,
-                   const std::string& compute, const std::string& activation, int64_t kv_heads, int64_t head_size,
-                   int64_t value_size);
+// Sizes of the heads that a layer writes to its caches.
+struct HeadSizes {
+  int64_t kv_heads, key, value;
+};
+
+// Checks a layer and fills in all that does not depend on x and the caches but for `features`, the last size of x.
+void prepare_layer(PreparedLayer& p, int64_t features, const HeadSizes& heads);
 
 // A prepared layer as one call runs it.
 struct LayerView {
@@ -69,6 +53,6 @@ void view_layer(const PreparedLayer& p, const Tensor& x, const LayerState& state
                 double softcap, Tensor& y, LayerView& view);
 
 // Runs what was viewed, and adds its tokens to the length.
-void run_layer(LayerView& view, const LayerState& state);
+void run_layer(LayerView& view, const Tensor& length);
 
 }  // namespace torch_int4

@@ -24,10 +24,10 @@ using Packed = std::tuple<Tensor, Tensor, Tensor>;
 
 // The shape of what canonical tensors become when they are packed.
 PackedWeight check_canonical(const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros,
-                             const OptionalTensor& offsets, int64_t group_size, const std::string& type) {
+                             const OptionalTensor& offsets, const WeightOptions& options) {
   STD_TORCH_CHECK(codes.dim() == 2, "torch_int4: codes must be [out_features, in_features]");
   STD_TORCH_CHECK(!(zeros && offsets), "torch_int4: give zeros or offsets, not both");
-  PackedWeight shape = make_shape(codes.size(0), codes.size(1), group_size, type);
+  PackedWeight shape = make_shape(codes.size(0), codes.size(1), options.group_size, options.type);
   check_tensor(codes, "codes", ScalarType::Byte, "uint8", {shape.out_features, shape.in_features});
   const std::vector<int64_t> per_group{shape.out_features, shape.groups};
   shape.scale_type = scale_type(scales);
@@ -59,8 +59,8 @@ void fill_stream(const Tensor& values, const PackedWeight& shape, Tensor& stream
 }
 
 Packed pack(const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros, const OptionalTensor& offsets,
-            int64_t group_size, std::string type) {
-  const PackedWeight shape = check_canonical(codes, scales, zeros, offsets, group_size, type);
+            const WeightOptions& options) {
+  const PackedWeight shape = check_canonical(codes, scales, zeros, offsets, options);
   const std::vector<int64_t> streams{shape.panels(), shape.groups, kPanelRows};
   Tensor packed = torch::stable::new_empty(codes, {shape.panels(), shape.panel_bytes() / kLineBytes, kLineBytes});
   advise_huge_pages(packed.mutable_data_ptr(), size_t(shape.panels() * shape.panel_bytes()));
@@ -77,12 +77,11 @@ Packed pack(const Tensor& codes, const Tensor& scales, const OptionalTensor& zer
 }
 
 void pack_into(const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros, const OptionalTensor& offsets,
-               Tensor packed, Tensor packed_scales, OptionalTensor packed_offsets, int64_t group_size,
-               std::string type) {
-  const PackedWeight shape = check_canonical(codes, scales, zeros, offsets, group_size, type);
+               Tensor packed, Tensor packed_scales, OptionalTensor packed_offsets, const WeightOptions& options) {
+  const PackedWeight shape = check_canonical(codes, scales, zeros, offsets, options);
   const OptionalTensor& given = zeros ? zeros : offsets;
   const PackedWeight target =
-      view_weight(packed, packed_scales, packed_offsets, shape.out_features, shape.in_features, group_size, type);
+      view_weight({packed, packed_scales, packed_offsets}, shape.out_features, shape.in_features, options);
   STD_TORCH_CHECK(target.scale_type == shape.scale_type && target.offset == shape.offset,
                   "torch_int4: packed_scales and packed_offsets must be of the types of the scales and of the zeros or "
                   "offsets, and be there if those are");
@@ -91,10 +90,9 @@ void pack_into(const Tensor& codes, const Tensor& scales, const OptionalTensor& 
   if (given) fill_stream(*given, shape, *packed_offsets);
 }
 
-Packed unpack(const Tensor& weight, const Tensor& scales, const OptionalTensor& offsets, int64_t out_features,
-              int64_t in_features, int64_t group_size, std::string type) {
-  const PackedWeight w = view_weight(weight, scales, offsets, out_features, in_features, group_size, type);
-  Tensor codes = torch::stable::new_empty(weight, {out_features, in_features});
+Packed unpack(const WeightTensors& given, int64_t out_features, int64_t in_features, const WeightOptions& options) {
+  const PackedWeight w = view_weight(given, out_features, in_features, options);
+  Tensor codes = torch::stable::new_empty(given.codes, {out_features, in_features});
   auto* target = static_cast<uint8_t*>(codes.mutable_data_ptr());
   torch::stable::parallel_for(0, w.panels(), 4,
                               [&](int64_t begin, int64_t end) { unpack_codes(w, begin, end, target); });
@@ -103,36 +101,32 @@ Packed unpack(const Tensor& weight, const Tensor& scales, const OptionalTensor& 
     unpack_parameters(stream.const_data_ptr(), int(stream.element_size()), w, values.mutable_data_ptr());
     return values;
   };
-  return {codes, unpack_stream(scales), offsets ? unpack_stream(*offsets) : torch::stable::new_empty(scales, {0})};
+  Tensor offsets = given.offsets ? unpack_stream(*given.offsets) : torch::stable::new_empty(given.scales, {0});
+  return {codes, unpack_stream(given.scales), offsets};
 }
 
-Tensor dequantize_op(const Tensor& weight, const Tensor& scales, const OptionalTensor& offsets,
-                     const OptionalTensor& perm, int64_t out_features, int64_t in_features, int64_t group_size,
-                     std::string type, ScalarType dtype) {
-  const PackedWeight w = view_weight(weight, scales, offsets, out_features, in_features, group_size, type);
+Tensor dequantize_op(const WeightTensors& given, const OptionalTensor& perm, int64_t out_features, int64_t in_features,
+                     const WeightOptions& options, ScalarType dtype) {
+  const PackedWeight w = view_weight(given, out_features, in_features, options);
   const int64_t* order = check_perm(perm, in_features);
   const DType target_type = float_type(dtype, "dtype");
-  Tensor target = torch::stable::new_empty(weight, {out_features, in_features}, dtype);
+  Tensor target = torch::stable::new_empty(given.codes, {out_features, in_features}, dtype);
   void* data = target.mutable_data_ptr();
   torch::stable::parallel_for(0, w.panels(), 4,
                               [&](int64_t begin, int64_t end) { dequantize(w, begin, end, order, target_type, data); });
   return target;
 }
 
-Tensor int4_linear(const Tensor& x, const Tensor& weight, const Tensor& scales, const OptionalTensor& offsets,
-                   const OptionalTensor& bias, const OptionalTensor& perm, int64_t out_features, int64_t group_size,
-                   std::string type, std::string compute, std::optional<ScalarType> out_dtype) {
-  const PackedWeight w = view_weight(weight, scales, offsets, out_features, input_features(x), group_size, type);
-  return apply(x, {w}, {bias}, perm, compute, out_dtype)[0];
+Tensor int4_linear(const Tensor& x, const LinearTensors& linear, const LinearOptions<int64_t>& options,
+                   std::optional<ScalarType> out_dtype) {
+  const PackedWeight w = view_weight(linear.weight, options.out_features, input_features(x), options.weight);
+  return apply(x, {w}, {linear.bias}, linear.perm, options.compute, out_dtype)[0];
 }
 
-std::vector<Tensor> int4_linears(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> scales,
-                                 std::vector<OptionalTensor> offsets, std::vector<OptionalTensor> biases,
-                                 const OptionalTensor& perm, std::vector<int64_t> out_features, int64_t group_size,
-                                 std::string type, std::string compute, std::optional<ScalarType> out_dtype) {
-  const std::vector<PackedWeight> views =
-      view_weights(weights, scales, offsets, biases, out_features, input_features(x), group_size, type);
-  return apply(x, views, biases, perm, compute, out_dtype);
+std::vector<Tensor> int4_linears(const Tensor& x, const LinearsTensors& linears, const OptionalTensor& perm,
+                                 const LinearsOptions& options, std::optional<ScalarType> out_dtype) {
+  const std::vector<PackedWeight> views = view_weights(linears, options, input_features(x));
+  return apply(x, views, linears.biases, perm, options.compute, out_dtype);
 }
 
 Tensor codebook(std::string name) {
@@ -160,26 +154,26 @@ std::string isas(bool only_supported) {
 }
 
 STABLE_TORCH_LIBRARY(torch_int4, m) {
-  m.def(
-      "pack(Tensor codes, Tensor scales, Tensor? zeros=None, Tensor? offsets=None, *, int group_size, "
-      "str weight_type=\"int4\") -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "pack_into(Tensor codes, Tensor scales, Tensor? zeros, Tensor? offsets, Tensor(a!) packed, "
-      "Tensor(b!) packed_scales, Tensor(c!)? packed_offsets, *, int group_size, str weight_type=\"int4\") -> ()");
-  m.def(
-      "unpack(Tensor weight, Tensor scales, Tensor? offsets, *, int out_features, int in_features, int group_size, "
-      "str weight_type=\"int4\") -> (Tensor, Tensor, Tensor)");
-  m.def(
-      "dequantize(Tensor weight, Tensor scales, Tensor? offsets, Tensor? perm, *, int out_features, int in_features, "
-      "int group_size, str weight_type=\"int4\", ScalarType dtype=float) -> Tensor");
-  m.def(
-      "int4_linear(Tensor x, Tensor weight, Tensor scales, Tensor? offsets=None, Tensor? bias=None, "
-      "Tensor? perm=None, *, int out_features, int group_size, str weight_type=\"int4\", str compute=\"int8\", "
-      "ScalarType? out_dtype=None) -> Tensor");
-  m.def(
-      "int4_linears(Tensor x, Tensor[] weights, Tensor[] scales, Tensor?[] offsets, Tensor?[] biases, "
-      "Tensor? perm=None, *, int[] out_features, int group_size, str weight_type=\"int4\", str compute=\"int8\", "
-      "ScalarType? out_dtype=None) -> Tensor[]");
+  m.def(schema("pack", "(Tensor, Tensor, Tensor)",
+               "Tensor codes, Tensor scales, Tensor? zeros=None, Tensor? offsets=None, *", WeightOptions::schema())
+            .c_str());
+  m.def(schema("pack_into", "()",
+               "Tensor codes, Tensor scales, Tensor? zeros, Tensor? offsets, Tensor(a!) packed, Tensor(b!) "
+               "packed_scales, Tensor(c!)? packed_offsets, *",
+               WeightOptions::schema())
+            .c_str());
+  m.def(schema("unpack", "(Tensor, Tensor, Tensor)", WeightTensors::schema(), "*, int out_features, int in_features",
+               WeightOptions::schema())
+            .c_str());
+  m.def(schema("dequantize", "Tensor", WeightTensors::schema(), "Tensor? perm, *, int out_features, int in_features",
+               WeightOptions::schema(), "ScalarType dtype=float")
+            .c_str());
+  m.def(schema("int4_linear", "Tensor", "Tensor x", LinearTensors::schema(), "*", LinearOptions<int64_t>::schema(),
+               "ScalarType? out_dtype=None")
+            .c_str());
+  m.def(schema("int4_linears", "Tensor[]", "Tensor x", LinearsTensors::schema(), "Tensor? perm=None, *",
+               LinearsOptions::schema(), "ScalarType? out_dtype=None")
+            .c_str());
   m.def("codebook(str name) -> Tensor");
   m.def("advise_huge_pages(Tensor(a!) memory) -> ()");
   m.def("isa() -> str");
@@ -188,12 +182,12 @@ STABLE_TORCH_LIBRARY(torch_int4, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torch_int4, CPU, m) {
-  m.impl("pack", TORCH_BOX(&pack));
-  m.impl("pack_into", TORCH_BOX(&pack_into));
-  m.impl("unpack", TORCH_BOX(&unpack));
-  m.impl("dequantize", TORCH_BOX(&dequantize_op));
-  m.impl("int4_linear", TORCH_BOX(&int4_linear));
-  m.impl("int4_linears", TORCH_BOX(&int4_linears));
+  m.impl("pack", boxed<&pack>);
+  m.impl("pack_into", boxed<&pack_into>);
+  m.impl("unpack", boxed<&unpack>);
+  m.impl("dequantize", boxed<&dequantize_op>);
+  m.impl("int4_linear", boxed<&int4_linear>);
+  m.impl("int4_linears", boxed<&int4_linears>);
   m.impl("advise_huge_pages", TORCH_BOX(&advise_op));
 }
 

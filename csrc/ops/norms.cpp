@@ -18,7 +18,8 @@ static const float* parameter_floats(const Tensor& t, const char* name, const Te
 }
 
 void view_norm(const Tensor& x, int64_t count, const Tensor& weight, const OptionalTensor& bias,
-               const std::string& kind, double eps, double offset, NormView& view) {
+               const NormOptions& options, NormView& view) {
+  const auto& [kind, eps, offset] = options;
   STD_TORCH_CHECK(kind == "rms" || kind == "layer", "torch_int4: norm must be 'rms' or 'layer', not '", kind, "'");
   STD_TORCH_CHECK(eps >= 0, "torch_int4: eps must not be negative, not ", eps);
   view.norm.kind = kind == "rms" ? Norm::kRms : Norm::kLayer;

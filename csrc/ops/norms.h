@@ -14,6 +14,6 @@ struct NormView {
 
 // Checks a norm over rows of `count` elements of the dtype of x.
 void view_norm(const Tensor& x, int64_t count, const Tensor& weight, const OptionalTensor& bias,
-               const std::string& kind, double eps, double offset, NormView& view);
+               const NormOptions& options, NormView& view);
 
 }  // namespace torch_int4

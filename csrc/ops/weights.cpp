@@ -61,23 +61,25 @@ PackedWeight make_shape(int64_t out_features, int64_t in_features, int64_t group
   return w;
 }
 
-PackedWeight view_weight(const Tensor& weight, const Tensor& scales, const OptionalTensor& offsets,
-                         int64_t out_features, int64_t in_features, int64_t group_size, const std::string& type) {
-  PackedWeight w = make_shape(out_features, in_features, group_size, type);
-  check_tensor(weight, "weight", ScalarType::Byte, "uint8", {w.panels(), w.panel_bytes() / kLineBytes, kLineBytes});
+PackedWeight view_weight(const WeightTensors& given, int64_t out_features, int64_t in_features,
+                         const WeightOptions& options) {
+  PackedWeight w = make_shape(out_features, in_features, options.group_size, options.type);
+  const Tensor& scales = given.scales;
+  check_tensor(given.codes, "weight", ScalarType::Byte, "uint8",
+               {w.panels(), w.panel_bytes() / kLineBytes, kLineBytes});
   w.scale_type = scale_type(scales);
   const std::vector<int64_t> parameters{w.panels(), w.groups, kPanelRows};
   check_tensor(scales, "scales", scales.scalar_type(), "float16, float32 or uint8", parameters);
   w.offset = Offset::kSymmetric;
-  if (offsets) {
-    const bool integer = offsets->scalar_type() == ScalarType::Byte;
+  if (given.offsets) {
+    const bool integer = given.offsets->scalar_type() == ScalarType::Byte;
     w.offset = integer ? Offset::kInteger : Offset::kFloat;
-    check_tensor(*offsets, "offsets", integer ? ScalarType::Byte : scales.scalar_type(),
+    check_tensor(*given.offsets, "offsets", integer ? ScalarType::Byte : scales.scalar_type(),
                  "uint8 or of the type of the scales", parameters);
-    w.offsets = offsets->const_data_ptr();
+    w.offsets = given.offsets->const_data_ptr();
   }
   check_offset(w);
-  w.codes = static_cast<const uint8_t*>(weight.const_data_ptr());
+  w.codes = static_cast<const uint8_t*>(given.codes.const_data_ptr());
   w.scales = scales.const_data_ptr();
   return w;
 }
@@ -114,18 +116,15 @@ int64_t input_features(const Tensor& x) {
   return x.size(x.dim() - 1);
 }
 
-std::vector<PackedWeight> view_weights(const std::vector<Tensor>& weights, const std::vector<Tensor>& scales,
-                                       const std::vector<OptionalTensor>& offsets,
-                                       const std::vector<OptionalTensor>& biases,
-                                       const std::vector<int64_t>& out_features, int64_t in_features,
-                                       int64_t group_size, const std::string& type) {
-  const size_t count = weights.size();
-  STD_TORCH_CHECK(count && scales.size() == count && offsets.size() == count && biases.size() == count &&
-                      out_features.size() == count,
+std::vector<PackedWeight> view_weights(const LinearsTensors& given, const LinearsOptions& options,
+                                       int64_t in_features) {
+  const size_t count = given.count();
+  STD_TORCH_CHECK(count && given.scales.size() == count && given.offsets.size() == count &&
+                      given.biases.size() == count && options.out_features.size() == count,
                   "torch_int4: weights, scales, offsets, biases and out_features must be lists of one length");
   std::vector<PackedWeight> views;
   for (size_t i = 0; i < count; ++i) {
-    views.push_back(view_weight(weights[i], scales[i], offsets[i], out_features[i], in_features, group_size, type));
+    views.push_back(view_weight(given.weight(i), options.out_features[i], in_features, options.weight));
   }
   return views;
 }

@@ -1,6 +1,6 @@
 // Packed weights and their inputs as operators get them: checks of the tensors, and the product.
 #pragma once
-#include "ops/tensors.h"
+#include "ops/nouns.h"
 
 namespace torch_int4 {
 
@@ -14,15 +14,11 @@ void check_offset(const PackedWeight& w);
 PackedWeight make_shape(int64_t out_features, int64_t in_features, int64_t group_size, const std::string& type);
 
 // A packed weight over three tensors whose shapes and types were checked against each other.
-PackedWeight view_weight(const Tensor& weight, const Tensor& scales, const OptionalTensor& offsets,
-                         int64_t out_features, int64_t in_features, int64_t group_size, const std::string& type);
+PackedWeight view_weight(const WeightTensors& given, int64_t out_features, int64_t in_features,
+                         const WeightOptions& options);
 
 // Several weights with the same inputs.
-std::vector<PackedWeight> view_weights(const std::vector<Tensor>& weights, const std::vector<Tensor>& scales,
-                                       const std::vector<OptionalTensor>& offsets,
-                                       const std::vector<OptionalTensor>& biases,
-                                       const std::vector<int64_t>& out_features, int64_t in_features,
-                                       int64_t group_size, const std::string& type);
+std::vector<PackedWeight> view_weights(const LinearsTensors& given, const LinearsOptions& options, int64_t in_features);
 
 const int64_t* check_perm(const OptionalTensor& perm, int64_t in_features);
 
