@@ -42,8 +42,9 @@ norm_offset=0.0, projections=3, parallel_residual=False, interleaved=False, kv_h
 checks all of a layer that stays the same and keeps it, under the number that it returns.
 `prepared_decoder_layers(x, layers, cos, sin, key_caches, value_caches, key_scales, value_scales, lengths, mask,
 rotary_dim, scale, softcap) -> Tensor` is `decoder_layer` of the layers with these numbers, each on what the one before
-gave, with its own entry of the lists; norms and biases may be written to in between. `release_decoder_layer(layer)`
-forgets one. Without shapes for `torch.compile`, as graphs take none of them.
+gave, with its own entry of the lists; all tensors may be written to in between, and a tensor that got another storage
+(`.data`, `set_`, `resize_`) is checked again. `release_decoder_layer(layer)` forgets one. Without shapes for
+`torch.compile`, as graphs take none of them.
 
 All raise `RuntimeError` naming the argument that does not fit.
 """
