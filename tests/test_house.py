@@ -106,7 +106,7 @@ def declared():
         *tables["build-system"]["requires"],
         *project["dependencies"],
         *itertools.chain(*(found for extra, found in extras.items() if extra != "optimum")),  # of its own plug-in
-        *itertools.chain(*tables["dependency-groups"].values()),
+        *itertools.chain(*(found for group, found in tables["dependency-groups"].items() if group != "oldest")),
     ]
 
 
