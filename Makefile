@@ -1,6 +1,6 @@
 # make demo         set everything up in .venv and run SmolLM2 in float and in INT4
 # make test         the whole test suite           ARGS="-k linear -x" goes to pytest
-# make test-fast    all but its slow tests: under three minutes on two cores
+# make test-fast    all but the tests that are marked slow
 # make test-oldest  the tests of models, on the oldest transformers that is allowed
 # make lint         ruff, mypy, order of rooms, clang-format; make format mends what can be mended
 # make install      the package alone              make clean removes builds, make distclean also .venv
@@ -24,7 +24,7 @@ PINS := pyproject.toml constraints.txt
 # Folders too, whose time changes when a file goes.
 SOURCES := pyproject.toml setup.py $(shell find csrc torch_int4 patches evals -name __pycache__ -prune -o -print)
 
-.PHONY: demo test test-oldest install lint format clean distclean
+.PHONY: demo test test-fast test-oldest install lint format clean distclean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -38,6 +38,10 @@ test: $(VENV)/.dev $(VENV)/.package
 # That version lies in a folder of its own, which goes before the environment's.
 test-oldest: $(VENV)/.oldest $(VENV)/.package
 	HF_HUB_OFFLINE=1 PYTHONPATH="$(abspath $(VENV))/oldest" $(BIN)/pytest -m oldest $(ARGS)
+
+# What most edits break shows here; `make test` and CI leave nothing out.
+test-fast: $(VENV)/.dev $(VENV)/.package
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -m "not slow" $(ARGS)
 
 install: $(VENV)/.package
 
