@@ -252,5 +252,5 @@ def test_memory_peaks_at_the_float_model_and_falls(tmp_path):
     run = [sys.executable, "-c", MEASURE]
     done = subprocess.run(run, capture_output=True, text=True, check=True, cwd=tmp_path, env=env, timeout=300)
     above, freed = map(int, done.stdout.split())
-    assert above < 32  # MiB: codes, packed form and temporaries of one layer
+    assert above < 18  # MiB: codes and temporaries of one layer, and what is packed before freed floats are returned
     assert freed > 110  # of 160 MiB of floats, 22 come back as int4

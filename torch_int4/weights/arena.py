@@ -24,6 +24,7 @@ SMALL = 32 << 20  # bytes; what is larger loses little at its ends
 LEAST = 1 << 20  # bytes; less is not worth a slab
 SLAB = 64 << 20  # bytes of a slab are at least this, if as much is expected
 LINE = 64  # bytes; tensors begin at multiples of it
+TRIM = 4 << 20  # bytes handed out between two calls of `return_memory`: by so much freed floats may raise the peak
 
 
 class Size(NamedTuple):
@@ -71,6 +72,7 @@ class Arena:
         self._bytes: deque[int] = deque()  # elements of the tensors to come: of uint8, and of floats
         self._floats: deque[int] = deque()
         self._slabs: dict[torch.dtype, tuple[Tensor, int]] = {}  # and how much of them is used
+        self._untrimmed = 0
         for size in sizes:
             stream = math.prod(stream_shape(size.out_features, size.in_features, size.group_size))
             self._bytes.append(math.prod(codes_shape(size.out_features, size.in_features, size.weight_type)))
@@ -82,6 +84,10 @@ class Arena:
         """Memory for one tensor, which nothing was written to yet: a `Memory` of `PackedWeight.pack`."""
         coming = self._bytes if dtype == torch.uint8 else self._floats
         nbytes = math.prod(shape) * dtype.itemsize
+        self._untrimmed += nbytes
+        if self._untrimmed >= TRIM:  # slabs do not grow into what the weights before have freed
+            return_memory()
+            self._untrimmed = 0
         tensor = _advised(nbytes) if nbytes >= SMALL else self._cut(nbytes, dtype, coming)
         if coming:
             coming.popleft()
@@ -93,7 +99,6 @@ class Arena:
             total = max(_until_full(coming, dtype), _padded(nbytes))
             if total < LEAST:
                 return torch.empty(nbytes, dtype=torch.uint8)
-            return_memory()  # after each slab: at the end would be too late for the peak
             slab, used = _advised(total), 0
         self._slabs[dtype] = slab, used + _padded(nbytes)
         return slab[used : used + nbytes]
