@@ -156,7 +156,7 @@ def compile_loops(path: Path, compiler: str) -> list[Loop]:
     name, V = table.groups()
     driver = text[: table.start()] + _DRIVER.format(V=V) + text[table.end() :]
     driver = re.sub(r"^TI4_REGISTER.*$", "", driver, flags=re.MULTILINE)
-    command = [compiler, *FLAGS, f"-I{path.parent}", "-x", "c++", "-S", "-o", "-", "-"]
+    command = [compiler, *FLAGS, f"-I{path.parents[1]}", "-x", "c++", "-S", "-o", "-", "-"]
     assembly = _run(command, driver, f"{path.name} does not compile with {compiler}")
     features = frozenset(target[1].split(","))
     loops = (_loop(name, kind, compute, features, assembly) for kind, compute in LOOPS.items())

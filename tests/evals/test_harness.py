@@ -76,7 +76,8 @@ def item_scores(found: dict[str, Any]) -> dict[str, list[list[Any]]]:
     [
         "import torch_int4; assert not any(m.startswith(('lm_eval', 'datasets')) for m in sys.modules)",
         "import lm_eval.models, torch_int4",
-        "import torch_int4, importlib.util as u; u.find_spec('lm_eval.models'); torch_int4.harness_hook.install()",
+        "from torch_int4.hf import harness_hook as h; import importlib.util as u\n"
+        "u.find_spec('lm_eval.models'); h.install()",
     ],
 )
 def test_both_orders_of_import_register_the_type(imports: str, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import functools
 import torch
 from decoders import GENERIC, MAIN, assert_near, pair, prompt
 
+from torch_int4.support.forwards import CACHES
+
 NAMES = [*MAIN, next(iter(GENERIC))]
 CLOSE = 2e-3  # norm of the difference to the norm; both models compute in fp32
 NEW = 6  # tokens
@@ -58,10 +60,11 @@ def assert_same_output(got, want, tolerance=CLOSE, but=()):
     assert type(got) is type(want)
     assert got.keys() == want.keys()
     assert torch.equal(got.sequences, want.sequences)
-    for key in got.keys() - {"sequences", "past_key_values", "beam_indices", *but}:
+    for key in got.keys() - {"sequences", *CACHES, "beam_indices", *but}:
         assert_same_tree(got[key], want[key], tolerance)
-    if want.get("past_key_values") is not None and "past_key_values" not in but:
-        assert_same_cache(got.past_key_values, want.past_key_values, tolerance)
+    for key in want.keys() & set(CACHES) if "past_key_values" not in but else ():
+        if want[key] is not None:
+            assert_same_cache(got[key], want[key], tolerance)
 
 
 def assert_same_generation(patched, reference, ids=None, but=(), **options):

@@ -2,11 +2,10 @@
 
 import copy
 import os
-from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import int4s, llama, logits
+from tiny_models import int4s, is_mapped, llama, logits
 from transformers import AutoModelForCausalLM
 
 import torch_int4
@@ -18,16 +17,6 @@ FULL = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 def devices(**changed):
     names = ["model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head"]
     return {name: changed.get(name.rsplit(".", 1)[-1].replace("1", "one"), "cpu") for name in names}
-
-
-def is_mapped(module):
-    address = module.packed.data_ptr()
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        span, *rest = line.split()
-        low, high = (int(part, 16) for part in span.split("-"))
-        if low <= address < high:
-            return len(rest) > 4 and "partial" in rest[4]
-    return False
 
 
 @pytest.mark.parametrize("tied", [True, False])
