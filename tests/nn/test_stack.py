@@ -15,6 +15,7 @@ from torch_int4 import Int4Cache, patch
 from torch_int4.nn import stack
 from torch_int4.nn.stack import FusedStack, stacks
 from torch_int4.patching import fuse_stack as _stack
+from torch_int4.support.forwards import cache_argument
 
 pytestmark = pytest.mark.oldest
 
@@ -165,10 +166,12 @@ def test_other_caches_and_training_run_layer_by_layer():
     assert steps(model, 3, 1)[1] == (3, 4)
 
 
-def test_layers_that_are_called_by_hand():
-    """Outside of the model's own `forward`, a layer is a layer."""
+@pytest.mark.parametrize("name", ["own", "past_key_values"])
+def test_layers_that_are_called_by_hand(name):
+    """Outside of the model's own `forward`, a layer is a layer, also where the cache comes under its name of before."""
     model = made()
     cache, by_hand = Int4Cache(), Int4Cache()
+    own = cache_argument(type(model.model.layers[0]).torch_int4_base)
     with torch.no_grad():
         want = model.model(prompt(tokens=3), past_key_values=cache).last_hidden_state
         want = model.model(prompt(tokens=1), past_key_values=cache).last_hidden_state
@@ -176,8 +179,13 @@ def test_layers_that_are_called_by_hand():
         x = model.model.embed_tokens(prompt(tokens=1))
         angles = model.model.rotary_emb(x, position_ids=torch.tensor([[3]]))
         for layer in model.model.layers:
-            x = layer(x, attention_mask=None, position_embeddings=angles, past_key_values=by_hand)
-        assert torch.equal(model.model.norm(x), want)
+            given = {own if name == "own" else name: by_hand}
+            x = layer(x, attention_mask=None, position_embeddings=angles, **given)
+        got = model.model.norm(x)
+    if name == "own":
+        assert torch.equal(got, want)
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+    assert cache.get_seq_length() == by_hand.get_seq_length() == 4
 
 
 def test_only_the_models_own_loop_ends_early(monkeypatch):
