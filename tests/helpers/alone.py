@@ -9,8 +9,9 @@ from torch import Tensor
 
 
 def run_alone(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python code that may import the tests' own modules."""
-    path = {"PYTHONPATH": str(Path(__file__).parent)}
+    """Runs Python code that may import the tests' own modules, helpers and tests alike."""
+    rooms = [room for room in sorted(Path(__file__).parents[1].iterdir()) if any(room.glob("*.py"))]
+    path = {"PYTHONPATH": os.pathsep.join(map(str, [Path(__file__).parent, *rooms]))}
     # Elsewhere, or Python would import the source folder instead of the installed package.
     return subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **path, **environment}, cwd="/", capture_output=True, text=True
