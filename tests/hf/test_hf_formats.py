@@ -184,7 +184,8 @@ def test_weights_that_are_not_finite_are_named_with_their_file(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "native", "version": 2}, "version: 2 is not read"),
+        ({"format": "native", "version": 3}, "version: 3 is not read"),
+        ({"format": "native", "version": 2}, "extras: must say how many linears have each"),
         ({"torch_int4": 3}, "must be a table"),
         ({"torch_int4": {"group_size": 5}}, "group_size"),
         ({"torch_int4": {"new_field": 5}}, "new_field"),
