@@ -83,3 +83,11 @@ def test_newer_versions_are_refused():
     for version in (0, 3, "1", None):
         with pytest.raises(Int4Error, match="version"):
             FORM.settings({"quant_method": "torch_int4", "format": "native", "version": version})
+
+
+def test_a_version_with_extras_says_how_many_and_the_one_without_has_none():
+    assert FORM.extras({"version": 1}) == {}
+    assert FORM.extras({"version": 2, "extras": {"low_rank": 3}}) == {"low_rank": 3}
+    for wrong in ({"version": 2}, {"version": 1, "extras": {"low_rank": 3}}, {"version": 2, "extras": {"low_rank": 0}}):
+        with pytest.raises(Int4Error, match=r"quantization_config\.extras"):
+            FORM.extras(wrong)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from calibrating import small, tokens
+from calibrating import small
 from tiny_models import int4s, linears, logits
 from toys import EXACT, dense, model_of, toy
 from transformers import AutoModelForCausalLM
@@ -172,7 +172,7 @@ def test_after_trains_on_the_float_logits_that_prepare_has_noted():
     biases = [(n, m.bias, plain.get_submodule(n).bias) for n, m in int4s(got).items() if m.bias is not None]
     assert [n for n, a, b in biases if not torch.equal(a, b)] == ["model.layers.1.mlp.down_proj"]
     assert got.torch_int4_report.blocks == 2
-    ids = tokens().view(16, 24)[:8]
+    ids = options["calibration"].windows()  # a bias of a random model helps only where it was trained
     error = [F.mse_loss(logits(m, ids), logits(model, ids)) for m in (got, plain)]
     assert error[0] < error[1]
 
