@@ -32,7 +32,9 @@ def whole_model(plan: Plan, calibrated: CalibratedPass | None) -> WholeModel | N
     recipe = recipes.parse(config.recipe)
     if not (recipe.preparing or recipe.finishing) or not any(target.kind is INT4 for target in plan.targets):
         return None
-    if plan.survey.holds_int4:
+    if any(
+        isinstance(module, Int4Linear) for module in model.modules()
+    ):  # also those that a loader has put there since
         return None
     if recipe.preparing and plan.foreign:
         raise Int4Error(
