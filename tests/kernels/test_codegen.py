@@ -1,19 +1,33 @@
-"""What the compiler made of the inner loops: a tile whose accumulators are spilled runs at half its speed."""
+"""The compiler's inner loops: a tile whose accumulators are spilled runs at half its speed, and so may one whose jumps
+touch a border of 32 bytes."""
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
+from native_programs import find_compiler
 
 from torch_int4 import _C
 
 PRODUCT = re.compile(r"vpmaddubsw|vpdpbusd|vfn?madd\d+ps|tdp")
 VECTOR_STACK = re.compile(r"\(%rsp.*%[xyz]mm|%[xyz]mm\d+,.*\(%rsp")
+
+
+@pytest.fixture(scope="module")
+def listing() -> str:
+    """The instructions of all operators and kernels."""
+    objdump = shutil.which("objdump")
+    if objdump is None:
+        pytest.skip("needs objdump")
+    command = [objdump, "-d", "--no-show-raw-insn", "-C", str(_C.__file__)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def functions(listing: str) -> Iterator[tuple[str, list[tuple[int, str]]]]:
@@ -44,12 +58,7 @@ def inner_loops(body: list[tuple[int, str]]) -> Iterator[list[str]]:
             yield [text for _, text in body[start : end + 1]]
 
 
-def test_inner_loops_keep_their_accumulators_in_registers() -> None:
-    objdump = shutil.which("objdump")
-    if objdump is None:
-        pytest.skip("needs objdump")
-    command = [objdump, "-d", "--no-show-raw-insn", "-C", str(_C.__file__)]
-    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def test_inner_loops_keep_their_accumulators_in_registers(listing: str) -> None:
     tiles: Counter[str] = Counter()
     for name, body in functions(listing):
         vectors = re.search(r"(?:Int8Loops|FloatLoops|OneRow)<.*?(\w+), ", name)
@@ -72,12 +81,7 @@ def test_inner_loops_keep_their_accumulators_in_registers() -> None:
 ATTENTION = re.compile(r"(?:Attend\w+|loops_attend_\w+)<.*?(\w+)[,>]")
 
 
-def test_loops_of_attention_keep_their_accumulators_in_registers() -> None:
-    objdump = shutil.which("objdump")
-    if objdump is None:
-        pytest.skip("needs objdump")
-    command = [objdump, "-d", "--no-show-raw-insn", "-C", str(_C.__file__)]
-    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def test_loops_of_attention_keep_their_accumulators_in_registers(listing: str) -> None:
     tiles: Counter[str] = Counter()
     for name, body in functions(listing):
         vectors = ATTENTION.search(name)
@@ -92,3 +96,25 @@ def test_loops_of_attention_keep_their_accumulators_in_registers() -> None:
             assert traffic <= products // 4, f"{name}: {traffic} stack accesses for {products} products"
     assert {"Avx2", "AvxVnni", "Avx512", "Avx512Vnni"} <= tiles.keys()
     assert all(count >= 8 for count in tiles.values()), tiles
+
+
+KERNELS = re.compile(r"Avx2|AvxVnni|Avx512|Avx512Vnni|Amx")
+
+
+def test_no_jump_of_a_kernel_touches_a_border_of_32_bytes(listing: str) -> None:
+    if not _assembler_pads():
+        pytest.skip("this assembler pads no jumps")
+    jumps = 0
+    for name, body in functions(listing):
+        if not KERNELS.search(name):
+            continue
+        for (address, text), (after, _) in pairwise(body):
+            if re.match(r"j\w+ +[0-9a-f]", text):  # indirect ones are left as they are
+                assert address // 32 == after // 32, f"{name}: {text} from {address:x} to {after:x}"
+                jumps += 1
+    assert jumps > 1000
+
+
+def _assembler_pads() -> bool:
+    command = [find_compiler(), "-Wa,-mbranches-within-32B-boundaries", "-x", "c++", "-c", os.devnull, "-o", os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
