@@ -2,6 +2,9 @@
 
 import dataclasses
 
+from torch_int4.layouts.layer import BlockLayout
 from torch_int4.patches import llama
 
-FAMILY = dataclasses.replace(llama.FAMILY, blocks=())
+LAYER = BlockLayout(("929b5ff765ac6d4f", *llama.FORWARDS[1:]), residual_scale="residual_multiplier")
+
+FAMILY = dataclasses.replace(llama.FAMILY, blocks=(LAYER,))

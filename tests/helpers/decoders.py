@@ -35,16 +35,21 @@ WINDOW = {"sliding_window": 8}
 OF_FAMILY = {  # what a family needs besides
     "cwm": {"layer_types": ["sliding_attention", "full_attention"], **WINDOW},
     "falcon": {"ffn_hidden_size": 96, "alibi": False, "multi_query": True, "parallel_attn": True},
+    "cohere": {"logit_scale": 1.0},
     "gemma2": {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0, **WINDOW},
+    "gemma3_text": {"query_pre_attn_scalar": 24, "layer_types": ["sliding_attention", "full_attention"], **WINDOW},
     "gpt_neox": {"intermediate_size": 96, "rope_parameters": {"partial_rotary_factor": 0.25, "rope_theta": 1e4}},
     "gptj": {"rotary_dim": 8},
-    "granite": {"attention_multiplier": 0.5},
+    "granite": {"attention_multiplier": 0.5, "residual_multiplier": 0.6},
     "ministral": {"layer_types": ["sliding_attention", "full_attention"], **WINDOW},
     "mistral": WINDOW,
+    "olmo3": {"layer_types": ["sliding_attention", "full_attention"], **WINDOW},
+    "phi3": WINDOW,
     "phimoe": {**EXPERTS, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
 }
 NOT_GROUPED = ("falcon", "gpt_neox", "gptj", "gpt2", "opt")
 VARIANTS = {
+    "cohere-norms": ("cohere", {"use_qk_norm": True, "logit_scale": 1.0}),
     "falcon-40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 96}),
     "falcon-rw": (
         "falcon",
@@ -59,7 +64,6 @@ GENERIC = {
     "gpt2": {},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
     "phi": {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 1e4, "rope_type": "default"}},
-    "gemma3_text": {"query_pre_attn_scalar": 24, "layer_types": ["sliding_attention", "full_attention"], **WINDOW},
 }
 FAMILIES = [name for name in families.available() if name != "generic"]
 MAIN = ["llama", "gptj", "gpt_neox", "falcon", "falcon-40b", "falcon-rw"]

@@ -4,11 +4,12 @@ import copy
 import dataclasses
 import itertools
 import pickle
+from collections import Counter
 
 import pytest
 import torch
 from decoders import FUSED, Calls, assert_near, decoder, family_of, pair, prompt
-from fused_layers import CLOSE, OPERATORS, STEPS, fused_layers, unfused
+from fused_layers import CLOSE, OPERATORS, STEPS, fused_layers, in_steps, is_whole, unfused
 from torch import nn
 from transformers import DynamicCache
 
@@ -23,11 +24,15 @@ from torch_int4.support.forwards import fingerprint
 pytestmark = pytest.mark.oldest
 
 BLOCKS = [name for name in FUSED if families.resolve(family_of(name)).blocks]
+WHOLE = [name for name in BLOCKS if is_whole(name)]
 
 
 def test_families_that_are_fused():
-    assert {"llama", "mistral", "qwen2", "qwen3", "ministral", "gemma", "gptj", "gpt_neox", "falcon"} <= set(BLOCKS)
-    assert not {"granite", "mixtral", "gemma2"} & set(BLOCKS)
+    assert {"llama", "mistral", "qwen2", "qwen3", "ministral", "gemma", "gptj", "gpt_neox", "falcon"} <= set(WHOLE)
+    assert {"starcoder2", "cohere"} <= set(WHOLE)
+    steps = {"cohere-norms", "phi3", "gemma2", "gemma3_text", "olmo2", "olmo3", "glm", "glm4", "granite"}
+    assert set(BLOCKS) - set(WHOLE) == steps
+    assert "mixtral" not in BLOCKS
 
 
 @pytest.mark.parametrize("name", FUSED)
@@ -48,9 +53,10 @@ def test_a_layer_is_one_operator_call_and_five_with_other_caches(name):
     patched, _ = pair(name, head="float")
     # After the layers comes a norm, of one operator too where the layers have the same.
     last = {"normalize": 1} if any(isinstance(m, FusedNorm) for m in patched.modules()) else {}
-    assert bool(last) == (families.resolve(family_of(name)).blocks[0].norm == "rms")
-    steps = dict.fromkeys((*STEPS, "rotary_append", "attention"), 2) | last
-    for cache, wanted in ((Int4Cache(), {"prepared_decoder_layers": 2} | last), (DynamicCache(), steps)):
+    assert bool(last) == (families.resolve(family_of(name)).blocks[0].forwards[2] is not None)
+    steps = in_steps(name) + in_steps(name) + Counter(last)
+    whole = {"prepared_decoder_layers": 2} | last if name in WHOLE else steps
+    for cache, wanted in ((Int4Cache(), whole), (DynamicCache(), steps)):
         with torch.no_grad(), Calls() as calls:
             patched(prompt(), past_key_values=cache)
             assert calls.counts == wanted
@@ -61,9 +67,9 @@ def test_a_layer_is_one_operator_call_and_five_with_other_caches(name):
 def assert_same_in_steps(monkeypatch, model, *inputs):
     """Whole layers and their steps give the same bits, with a cache that they fill."""
     results = []
-    for in_steps in (False, True):
+    for stepwise in (False, True):
         with torch.no_grad(), monkeypatch.context() as patching:
-            if in_steps:
+            if stepwise:
                 patching.setattr(stack, "MOST_TOKENS", 0)
                 patching.setattr(PreparedLayer, "run", lambda layer, *args: layer._steps.run(*args))
             cache = Int4Cache(model.config, dtype=model.torch_int4_report.config.kv_cache)
@@ -77,7 +83,7 @@ def assert_same_in_steps(monkeypatch, model, *inputs):
             assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("name", WHOLE)
 def test_whole_layers_give_the_bits_of_their_steps(name, monkeypatch):
     variants = itertools.product((torch.float32, torch.bfloat16, torch.float16), ("int8", "fp32"))
     for index, (dtype, compute) in enumerate(variants):
@@ -96,7 +102,7 @@ def test_whole_layers_give_the_bits_of_their_steps(name, monkeypatch):
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_other_types_and_arithmetic(name, dtype):
-    """Whole layers against the same operators around stock modules."""
+    """Fused layers against the same operators around stock modules."""
     for compute in ("int8", "int8x2", "bf16", "fp32"):
         models = []
         for blocks in (families.resolve(family_of(name)).blocks, ()):
@@ -229,7 +235,7 @@ def test_copies_pickles_and_state_dicts(tmp_path):
     assert type(patched.model.layers[0]).__name__ == stock.__name__
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma", "gptj", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma", "gptj", "gpt_neox", "cohere"])
 def test_a_compiled_decode_step(name):
     torch._dynamo.reset()
     patched, _ = pair(name)

@@ -12,8 +12,10 @@ import torch
 from decoders import FUSED, Calls, decoder, prompt
 from layer_problems import DTYPES, NORMS, assert_near, normalized, random
 from torch import nn
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from torch_int4 import Int4Error, ops, patch
+from torch_int4.layouts.layer import NO_OFFSET
 from torch_int4.nn.norm import FusedNorm
 
 OPS = torch.ops.torch_int4
@@ -108,3 +110,13 @@ def test_what_runs_as_the_stock_one() -> None:
         with Calls() as calls:
             model(prompt(tokens=3))
     assert calls.counts["normalize"] == 1
+
+
+def test_no_offset_rounds_once_as_olmo2_does() -> None:
+    norm, x = Olmo2RMSNorm(576).to(torch.bfloat16), random(64, 576, dtype=torch.bfloat16)
+    norm.weight.data.copy_(1 + 0.2 * random(576, seed=1))
+    with torch.no_grad():
+        want, eps = norm(x), norm.variance_epsilon
+        once, twice = (OPS.normalize(x, norm.weight, eps=eps, norm_offset=offset) for offset in (NO_OFFSET, 0.0))
+    assert (once != want).float().mean() < 1e-3  # where a sum in another order falls on the other side
+    assert (twice != want).float().mean() > 1e-2

@@ -88,6 +88,25 @@ def test_changes_are_noticed(what):
     assert not torch.equal(got, before)
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("granite", assign("", "residual_multiplier", 0.1)),
+        ("gemma2", in_place("post_feedforward_layernorm.weight")),
+        ("gemma2", assign("post_attention_layernorm", "eps", 0.5)),
+        ("phi3", assign("mlp", "activation_fn", nn.GELU(approximate="tanh"))),
+        ("olmo2", in_place("self_attn.q_norm.weight")),
+    ],
+)
+def test_changes_of_layers_in_steps_are_noticed(name, change):
+    model, before = made(name)
+    change(model)
+    want = run(copy.deepcopy(model))
+    got = run(model)
+    assert torch.equal(got, want)
+    assert not torch.equal(got, before)
+
+
 def test_every_fact_is_watched():
     """Whatever operators are told of a module, a prepared layer notices another one."""
     model, _ = made("qwen3")

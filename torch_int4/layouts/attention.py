@@ -8,40 +8,47 @@ from functools import cached_property
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """Where the attention modules of a family keep things. All fields are names, but for the first and the last two.
+    """Where the attention modules of a family keep things. Fields that are no names say so.
 
     Attributes:
         forwards: fingerprints of the `forward` that this is true of (see support/forwards.py). Modules that compute
             anything else are left alone.
         projections: of the linears for query, key and value; or of the single one that gives all three, per kv head
             its query heads, the key and the value.
+        concatenated: whether that single one gives all queries, then all keys, then all values.
         output: of the output projection.
         head_dim: of the attribute with the size of a head.
         scale: of the attribute with the factor of the scores, None for `head_dim ** -0.5`.
         softcap: of the attribute with the cap of the scores, if there can be one.
         norms: of the norms of query and key heads, before the rotation, if there are any.
+        norms_all_heads: whether such a norm takes all heads of a token together, and not each by itself.
         positions: of the buffer `[positions, features]` of sines followed by cosines, from which rows are taken by
             the argument `position_ids`; None where the argument `position_embeddings` brings (cosines, sines).
         unrotated: of an argument that comes instead of a rotation; what it adds to the scores is in the mask already.
         repeats_kv: of the attribute that says whether the stock module caches a key head once per query head.
         implementation: of transformers' attention, whose masks the stock module takes.
         interleaved: whether a rotation turns pairs of neighbours, not of halves.
+        repeated: whether `position_embeddings` has a column for each feature, of which neighbours are the same, and
+            not halves.
         sines_first: whether `position_embeddings` is (sines, cosines) with one column for each pair of features, and
             not (cosines, sines) with one for each feature.
     """
 
     forwards: tuple[str, ...]
     projections: tuple[str, ...] | str = ("q_proj", "k_proj", "v_proj")
+    concatenated: bool = False
     output: str = "o_proj"
     head_dim: str = "head_dim"
     scale: str | None = "scaling"
     softcap: str | None = None
     norms: tuple[str, str] | None = None
+    norms_all_heads: bool = False
     positions: str | None = None
     unrotated: str | None = None
     repeats_kv: str | None = None
     implementation: str = "sdpa"
     interleaved: bool = False
+    repeated: bool = False
     sines_first: bool = False
 
     @cached_property

@@ -8,50 +8,71 @@ from typing import Any
 
 from torch_int4.layouts.roles import Role, norm_role
 
+# A `norm_offset` that changes no weight, for norms that multiply by it before they round, as with any offset.
+NO_OFFSET = 2.0**-126
+
 
 @dataclass(frozen=True)
 class BlockLayout:
     """Where the decoder layers of a family keep things: x += attention(norm(x)); x += mlp(norm(x)).
+
+    There may be norms of what attention and the MLP give, too, and a factor that it is multiplied by, before the sums.
 
     Attributes:
         forwards: fingerprints of the `forward` of the decoder layer, of the MLP and of the norms that this is
             true of (see support/forwards.py), that of the norms None where they are `torch.nn.LayerNorm`. Modules that
             compute anything else are left alone.
         when: (attribute of the decoder layer, such as "config.parallel_attn", value) of those that this is true of.
-        input_norm: name of the norm before attention.
+        input_norm: name of the norm before attention; None where attention gets x.
         attention: name of the attention module, whose family has an `AttentionLayout`.
-        post_norm: name of the norm before the MLP; None where the MLP gets what attention gets.
+        attention_norm: name of the norm of what attention gives, if there is one.
+        post_norm: name of the norm before the MLP; None where the MLP's norm is that before attention, or it has none
+            as attention has none.
         mlp: name of the MLP, which computes down(activation(gate(x)) * up(x)).
+        mlp_norm: name of the norm of what the MLP gives, if there is one.
         gate: name of the linear whose output goes through the activation; `up` and `down` name the others. None
             where the MLP computes down(activation(up(x))).
+        up: None where the linear `gate` gives both, one half after the other.
         activation: name of the attribute of the MLP that holds the activation.
         parallel: whether the MLP gets the x that attention gets, instead of the sum.
         returns_weights: whether the stock layer returns (x, attention weights) and not x alone.
-        norm: kind of both norms, "rms" or "layer".
+        residual_scale: name of the attribute of the layer with the factor of what attention and the MLP give, if
+            there is one.
+        norm: kind of all norms, "rms" or "layer".
         eps: name of the attribute of a norm that is added to the variance.
-        norm_offset: what is added to the weight of a norm.
+        norm_offset: what is added to the weight of a norm; `NO_OFFSET` where nothing is, but the product is rounded
+            once.
     """
 
     forwards: tuple[str, str, str | None]
     when: tuple[tuple[str, Any], ...] = ()
-    input_norm: str = "input_layernorm"
+    input_norm: str | None = "input_layernorm"
     attention: str = "self_attn"
+    attention_norm: str | None = None
     post_norm: str | None = "post_attention_layernorm"
     mlp: str = "mlp"
+    mlp_norm: str | None = None
     gate: str | None = "gate_proj"
-    up: str = "up_proj"
+    up: str | None = "up_proj"
     down: str = "down_proj"
     activation: str = "act_fn"
     parallel: bool = False
     returns_weights: bool = False
+    residual_scale: str | None = None
     norm: str = "rms"
     eps: str = "variance_epsilon"
     norm_offset: float = 0.0
 
     @cached_property
     def norms(self) -> tuple[str, ...]:
-        """Names of the norms."""
-        return (self.input_norm,) if self.post_norm is None else (self.input_norm, self.post_norm)
+        """Names of the norms, of which there is at least one: those before attention and the MLP, then the others."""
+        return tuple(filter(None, (self.input_norm, self.post_norm, self.attention_norm, self.mlp_norm)))
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether norms and factors are only where operators of whole layers have them, and gate and up are two."""
+        others = (self.attention_norm, self.mlp_norm, self.residual_scale)
+        return self.input_norm is not None and others == (None,) * 3 and self.up is not None
 
     @cached_property
     def norm_role(self) -> Role:
@@ -60,8 +81,8 @@ class BlockLayout:
 
     @cached_property
     def linears(self) -> tuple[str, ...]:
-        """Names of the linears of the MLP: gate, up, down, or up and down."""
-        return (self.up, self.down) if self.gate is None else (self.gate, self.up, self.down)
+        """Names of the linears of the MLP: gate, up and down, as far as there are such."""
+        return tuple(filter(None, (self.gate, self.up, self.down)))
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,9 @@ class FusedAttention(StockAttention):
         size, places = getattr(self, layout.head_dim), outputs[0].shape[:2]
         if len(outputs) > 1:
             query, key, value = (y.view(*places, -1, size) for y in outputs)
+        elif layout.concatenated:
+            heads, kv_heads = outputs[0].view(*places, -1, size), _kv_heads(self, layout)
+            query, key, value = heads.tensor_split((-2 * kv_heads, -kv_heads), dim=2)
         else:
             grouped = outputs[0].view(*places, _kv_heads(self, layout), -1, size)
             query, key, value = grouped[..., :-2, :].flatten(2, 3), grouped[..., -2, :], grouped[..., -1, :]
@@ -88,6 +91,8 @@ class FusedAttention(StockAttention):
         layout = self.torch_int4_data.layout
         cos, sin = _rotation(self, layout, kwargs)
         dim = 0 if cos is None else cos.shape[-1] * layout.features_per_column
+        if layout.repeated and cos is not None and sin is not None:  # operators take one column for each pair
+            cos, sin = cos[..., ::2].contiguous(), sin[..., ::2].contiguous()
         return cos, sin, {"rotary_dim": dim, "interleaved": layout.interleaved}
 
     def scoring(self) -> dict[str, float]:
@@ -105,7 +110,7 @@ class FusedAttention(StockAttention):
         layout = self.torch_int4_data.layout
         cache, mask = kwargs.get(self.torch_int4_data.cache), kwargs.get("attention_mask")
         if layout.norms is not None:
-            query, key = getattr(self, layout.norms[0])(query), getattr(self, layout.norms[1])(key)
+            query, key = (_normed(self, *each) for each in zip(layout.norms, (query, key), strict=True))
         cos, sin, rotary = self.rotation(kwargs)
         options = self.scoring()
         if isinstance(cache, Int4Cache):
@@ -253,6 +258,13 @@ def _rotate(
         **options,
     )
     return query, keys, values
+
+
+def _normed(module: Any, norm: str, heads: Tensor) -> Tensor:
+    """Heads `[batch, tokens, heads, head size]` after the norm of that name."""
+    if not module.torch_int4_data.layout.norms_all_heads:
+        return getattr(module, norm)(heads)
+    return getattr(module, norm)(heads.flatten(2)).view(heads.shape)
 
 
 def _scale(module: Any, layout: AttentionLayout) -> float:

@@ -1,8 +1,8 @@
 """Fused decoder layers: one operator call in the place of a layer, with our KV cache; with other caches, or none, five.
 
-The five are norm and projections; rotation; attention; output projection and sum; norm, MLP and sum. What the
-operators do not serve (gradients, training, hooks on the modules inside, adapters, weights left in float) runs as the
-stock layer would.
+The five are norm and projections; rotation; attention; output projection and sum; norm, MLP and sum. Layers with norms
+or factors at other places run in such steps with our cache, too (see layer_steps.py). What the operators do not serve
+(gradients, training, hooks on the modules inside, adapters, weights left in float) runs as the stock layer would.
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ def _run_alone(block: Any, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
     if layer is not None and layer.serves(x, kwargs):
         return layer.run(x, kwargs)
     facts = find_facts(block, x, kwargs)
-    if facts is None or not facts.is_whole:
+    if facts is None:
         layers.pop(block, None)  # it may hold weights that nothing else does
-        return None if facts is None else LayerSteps(facts).run(x, kwargs)
+        return None
     if not torch.is_grad_enabled() and type(x) is Tensor:
         layers[block] = layer = PreparedLayer(facts, x.dtype)
         return layer.run(x, kwargs)
-    if isinstance(kwargs.get(facts.attention.torch_int4_data.cache), Int4Cache):
+    if facts.is_whole and isinstance(kwargs.get(facts.attention.torch_int4_data.cache), Int4Cache):
         return _run_whole(facts, x, kwargs)
     return LayerSteps(facts).run(x, kwargs)
 

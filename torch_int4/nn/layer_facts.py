@@ -18,7 +18,7 @@ class LayerFacts:
 
     Attributes:
         block: the layer.
-        norms: the norm before attention, and the one before the MLP where there is one.
+        norms: by the names that the layout gives them.
         head_norms: norms of the heads of queries and keys, if any; None where they have to be called.
         linears: projections, output projection, gate where there is one, up, down.
         activation: the module between up and down.
@@ -28,7 +28,7 @@ class LayerFacts:
     block: Any
     attention: Any
     mlp: Any
-    norms: list[Any]
+    norms: dict[str, Any]
     head_norms: list[Any] | None
     linears: list[Any]
     activation: Any
@@ -48,13 +48,14 @@ class LayerFacts:
     @property
     def is_whole(self) -> bool:
         """Whether one operator can run all of the layer."""
-        return self.head_norms is not None and LINEAR.agree(self.linears)
+        plain = self.layout.is_plain and not self.attention.torch_int4_data.layout.concatenated
+        return plain and self.head_norms is not None and LINEAR.agree(self.linears)
 
     def whole(self) -> dict[str, Any]:
         """Arguments of operators of whole layers, besides the input, positions and the cache."""
         norm = self.layout.norm_role
         return {
-            **norm.several(self.norms),
+            **norm.several(list(self.norms.values())),
             "head_norms": norm.several(self.head_norms)["norm_weights"] if self.head_norms else [],
             **LINEAR.several(self.linears),
             **self._norm_kind(),
@@ -65,18 +66,38 @@ class LayerFacts:
         }
 
     def first_step(self) -> dict[str, Any]:
-        """Arguments of `norm_linears` of the first norm and the projections, besides the input."""
-        return {**self._norm(self.norms[0]), **_shared(self.linears[: self.projections])}
+        """Arguments of `norm_linears` of the first norm and the projections, besides the input; without a norm of
+        `int4_linears`."""
+        return {**self.norm_step(self.layout.input_norm), **_shared(self.linears[: self.projections])}
 
     def output_step(self) -> dict[str, Any]:
-        """Arguments of `linear_add` of the output projection, besides the input and the residual."""
+        """Arguments of `linear_add` or `int4_linear` of the output projection, besides the input and the residual."""
         return LINEAR.single(self.linears[self.projections])
 
     def mlp_step(self) -> dict[str, Any]:
         """Arguments of `mlp`, besides the input and the residual."""
         linears = self.linears[self.projections + 1 :]
         down = LINEAR.single(linears[-1])["perm"]
-        return {**self._norm(self.norms[-1]), **_shared(linears), "down_perm": down, "activation": self.kind}
+        norm = self.norm_step(self._mlp_input_norm) or {"norm_weight": None, "norm_bias": None}
+        return {**norm, **_shared(linears), "down_perm": down, "activation": self.kind}
+
+    def halves_step(self) -> dict[str, Any]:
+        """Arguments of `norm_linears` or `int4_linears` of the linear that gives gate and up, besides the input."""
+        return {**self.norm_step(self._mlp_input_norm), **_shared([self.linears[-2]])}
+
+    def down_step(self) -> dict[str, Any]:
+        """Arguments of `linear_add` or `int4_linear` of down, besides the input and the residual."""
+        return LINEAR.single(self.linears[-1])
+
+    def norm_step(self, name: str | None) -> dict[str, Any]:
+        """Arguments of `normalize` of the norm of that name, besides the input; none without a name."""
+        if name is None:
+            return {}
+        return {**self.layout.norm_role.single(self.norms[name]), **self._norm_kind()}
+
+    @property
+    def _mlp_input_norm(self) -> str | None:
+        return self.layout.post_norm or self.layout.input_norm
 
     def guard(self, dtype: torch.dtype) -> Guard:
         """Everything that the arguments rest on, and that the layer is one that takes them.
@@ -84,13 +105,15 @@ class LayerFacts:
         Args:
             dtype: of the layer's input, and of the parameters of norms.
         """
-        norms, layout = [*self.norms, *(self.head_norms or ())], self.layout
+        norms, layout = [*self.norms.values(), *(self.head_norms or ())], self.layout
         holders = (self.attention, self.mlp)
         modules = [*holders, self.activation, *norms, *self.linears]
         guard = Guard(dtype, modules, [norm._parameters["weight"] for norm in norms])
         for module in (self.block, *holders):
             guard.watch_all(module._modules)
             guard.watch(vars(module), "training")
+        if layout.residual_scale is not None:
+            guard.watch(vars(self.block), layout.residual_scale)
         guard.watch(vars(self.attention), *self.attention.torch_int4_data.layout.attributes)
         for role, modules in ((layout.norm_role, norms), (LINEAR, self.linears)):
             for module in modules:
@@ -98,9 +121,6 @@ class LayerFacts:
                     guard.watch_all(getattr(module, place))
                 guard.watch(vars(module), *role.attributes)
         return guard
-
-    def _norm(self, norm: Any) -> dict[str, Any]:
-        return {**self.layout.norm_role.single(norm), **self._norm_kind()}
 
     def _norm_kind(self) -> dict[str, Any]:
         return {"norm": self.layout.norm, "norm_offset": self.layout.norm_offset}

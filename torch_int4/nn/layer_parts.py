@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
+from torch_int4.layouts.attention import AttentionLayout
 from torch_int4.layouts.layer import BlockLayout, KnownBlock
 from torch_int4.layouts.roles import LINEAR
 from torch_int4.nn.attention import FLOATS, FusedAttention
@@ -41,7 +42,8 @@ def find_facts(block: Any, x: Tensor, kwargs: dict[str, Any]) -> LayerFacts | No
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block.parameters())):
         return None
     inner, inside = attention.torch_int4_data.layout, mlp._modules
-    norms = [modules.get(name) for name in layout.norms]
+    named: dict[str, Any] = {name: modules.get(name) for name in layout.norms}
+    norms = list(named.values())
     activation = inside.get(layout.activation)
     kind = ACTIVATIONS.get(type(activation).__name__)
     linears = [attention._modules.get(name) for name in inner.children[: len(inner.linears) + 1]]
@@ -53,9 +55,9 @@ def find_facts(block: Any, x: Tensor, kwargs: dict[str, Any]) -> LayerFacts | No
     if not _are_shared(linears, len(inner.linears), layout) or not attention.serves(x, kwargs):
         return None
     head_norms: list[Any] | None = [attention._modules.get(name) for name in inner.norms or ()]
-    if head_norms and not _are_norms(head_norms, known, norms[0], x):
+    if head_norms and not (_are_norms(head_norms, known, norms[0], x) and _are_of_heads(head_norms, inner)):
         head_norms = None
-    return LayerFacts(block, attention, mlp, norms, head_norms, linears, activation, kind)
+    return LayerFacts(block, attention, mlp, named, head_norms, linears, activation, kind)
 
 
 def _is_fused(attention: Any) -> bool:
@@ -89,6 +91,11 @@ def _are_norms(norms: Any, known: KnownBlock, like: Any, x: Tensor) -> bool:
     return known.layout.norm_role.agree([like, *norms])
 
 
+def _are_of_heads(norms: list[Any], layout: AttentionLayout) -> bool:
+    """Whether norms have one weight for all heads, each of which they take by itself, as operators have it."""
+    return not layout.norms_all_heads and all(norm._parameters["weight"].dim() == 1 for norm in norms)
+
+
 def _are_shared(linears: list[Any], projections: int, layout: BlockLayout) -> bool:
     """Whether linears with one input can take it in one form, and those of the MLP agree."""
     first, mlp = linears[0], linears[projections + 1 :]
@@ -97,7 +104,7 @@ def _are_shared(linears: list[Any], projections: int, layout: BlockLayout) -> bo
     for other in linears[1:projections]:
         if not _same_perm(first, other):
             return False
-    return layout.gate is None or _same_perm(mlp[0], mlp[1])
+    return layout.gate is None or layout.up is None or _same_perm(mlp[0], mlp[1])
 
 
 def _same_perm(a: Any, b: Any) -> bool:

@@ -21,12 +21,12 @@ from torch_int4.ops.calls import call
 
 
 class PreparedLayer:
-    """A layer that one operator can run, with the arguments of operators made, and for its own operator checked.
+    """A layer with the arguments of operators made, and if one operator can run it for that checked.
 
     Holds modules inside the layer and not the layer itself, which would keep it alive.
 
     Args:
-        facts: of the layer, which is whole.
+        facts: of the layer.
         dtype: of its input.
     """
 
@@ -34,7 +34,8 @@ class PreparedLayer:
         self.attention, self.guard = facts.attention, facts.guard(dtype)
         self.cache = facts.attention.torch_int4_data.cache  # the argument of `forward`
         self._heads, self._size = facts.attention.kv_sizes()
-        self._arguments, self._steps = facts.whole(), LayerSteps(facts)
+        self.is_whole = facts.is_whole
+        self._arguments, self._steps = facts.whole() if self.is_whole else {}, LayerSteps(facts)
 
     @functools.cached_property
     def number(self) -> int:
@@ -51,13 +52,13 @@ class PreparedLayer:
 
     def run(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The layer's output `[batch, tokens, features]`; the cache takes its keys and values."""
-        if isinstance(kwargs.get(self.cache), Int4Cache):
+        if self.is_whole and isinstance(kwargs.get(self.cache), Int4Cache):
             return run_layers([self], x, kwargs)
         return self._steps.run(x, kwargs)
 
 
 def run_layers(prepared: list[PreparedLayer], x: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """The output of layers that take the same arguments, each on what the one before gave."""
+    """The output of whole layers that take the same arguments, each on what the one before gave."""
     first = prepared[0]
     attention, cache = first.attention, kwargs[first.cache]
     caches = [cache.layer(layer.attention.layer_idx) for layer in prepared]

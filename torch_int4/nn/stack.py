@@ -125,6 +125,8 @@ class PreparedStack:
         """The stack of these layers, if all are prepared and alike."""
         blocks = list(blocks)
         prepared = [layers[block] for block in blocks if block in layers]
+        if not all(layer.is_whole for layer in prepared):
+            return None
         if len(prepared) < len(blocks) or len({id(block) for block in blocks}) < len(blocks):
             return None
         layout = prepared[0].attention.torch_int4_data.layout

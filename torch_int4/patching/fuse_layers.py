@@ -53,13 +53,13 @@ def _known(module: nn.Module, layout: BlockLayout, family: Family) -> KnownBlock
         reason = check(module, layout, family)
         if reason is not None:
             return step, reason
-    return KnownBlock(layout, type(module._modules[layout.mlp]), type(module._modules[layout.input_norm]))
+    return KnownBlock(layout, type(module._modules[layout.mlp]), type(module._modules[layout.norms[0]]))
 
 
 def _check_forwards(module: nn.Module, layout: BlockLayout, family: Family) -> str | None:
     if "forward" in module.__dict__:
         return "has another forward than its class"
-    names = ("", layout.mlp, layout.input_norm)
+    names = ("", layout.mlp, layout.norms[0])
     for name, want in zip(names, layout.forwards, strict=True):
         part = module._modules.get(name) if name else module
         kind: Any = type(part)
@@ -72,6 +72,8 @@ def _check_settings(module: nn.Module, layout: BlockLayout, family: Family) -> s
     for name, value in layout.when:
         if attribute(module, name) != value:
             return f"has {name} = {attribute(module, name)!r}, for which {families.source_of(family)} has no layout"
+    if layout.residual_scale is not None and not isinstance(attribute(module, layout.residual_scale), (int, float)):
+        return f"has {layout.residual_scale} = {attribute(module, layout.residual_scale)!r}, which is no number"
     attention: Any = module._modules[layout.attention]
     cache = attention.torch_int4_data.cache
     kind: Any = type(module)

@@ -45,7 +45,7 @@ def _fuse_norms(model: nn.Module, block: Any) -> None:
 
     known: KnownBlock = block.torch_int4_data
     for module in filter(None, model._modules.values()):
-        if known.layout.norm == "rms" and type(module) is known.norm and "forward" not in vars(module):
+        if known.norm is not nn.LayerNorm and type(module) is known.norm and "forward" not in vars(module):
             mix_in(FusedNorm, module, known.layout)
 
 
