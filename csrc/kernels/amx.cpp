@@ -121,7 +121,7 @@ struct AmxInt8 {
             }
           }
         }
-        store_rows<V>(c, rows, row, panel, w.out_features, out);
+        store_tile<V>(c, rows, row, panel, w.out_features, out);
       }
     }
   }

@@ -46,16 +46,17 @@ TI4_INLINE void store_sum(const Output& out, int64_t element, typename V::F y) {
 // Sums the `terms` rows of each output, adds the bias and writes the columns of one panel; `row` counts input rows.
 template <class V>
 TI4_INLINE void store_rows(const float* c, int rows, int64_t row, int64_t panel, int64_t out_features,
-                           const Output& out) {
+                           const Output& output) {
+  const Output out = output;  // a copy: no store can change it
   const int64_t column = panel * kPanelRows;
   const int columns = int(smaller(kPanelRows, out_features - column));
   alignas(64) float bias[kPanelRows] = {};
   if (out.bias) memcpy(bias, out.bias + column, size_t(columns) * sizeof(float));
-  for (int i = 0; i < rows; i += out.terms, c += out.terms * kPanelRows) {
+  int64_t element = row / out.terms * out.stride + column;
+  for (int i = 0; i < rows; i += out.terms, c += out.terms * kPanelRows, element += out.stride) {
     auto y = V::load(c);
     if (out.terms == 2) y = V::add(y, V::load(c + kPanelRows));
     if (out.bias) y = V::add(y, V::load(bias));
-    const int64_t element = (row + i) / out.terms * out.stride + column;
     if (columns == kPanelRows) {
       store_sum<V>(out, element, y);
       continue;
@@ -64,6 +65,33 @@ TI4_INLINE void store_rows(const float* c, int rows, int64_t row, int64_t panel,
     V::store(tail, y);
     for (int n = 0; n < columns; ++n) store_output(out, element + n, tail[n]);
   }
+}
+
+// The same for many rows. Rows of outputs often lie multiples of 4 KiB apart, where the processor takes a load of sums for
+// one of an output that is still on its way to memory, and waits: so loads of several rows go before their stores.
+template <class V>
+TI4_INLINE void store_tile(const float* c, int rows, int64_t row, int64_t panel, int64_t out_features,
+                                  const Output& output) {
+  constexpr int kBatch = 8;
+  const Output out = output;
+  const int step = out.terms * kPanelRows;
+  const int64_t column = panel * kPanelRows;
+  int i = 0;
+  int64_t element = row / out.terms * out.stride + column;
+  for (; column + kPanelRows <= out_features && i + kBatch * out.terms <= rows; i += kBatch * out.terms) {
+    typename V::F y[kBatch];
+#pragma GCC unroll 8
+    for (int j = 0; j < kBatch; ++j, c += step) {
+      y[j] = V::load(c);
+      if (out.terms == 2) y[j] = V::add(y[j], V::load(c + kPanelRows));
+      if (out.bias) y[j] = V::add(y[j], V::load(out.bias + column));
+    }
+    TI4_BARRIER();
+#pragma GCC unroll 8
+    for (int j = 0; j < kBatch; ++j, element += out.stride) store_sum<V>(out, element, y[j]);
+    TI4_BARRIER();
+  }
+  store_rows<V>(c, rows - i, row + i, panel, out_features, out);
 }
 
 // 16 scales or float offsets, from element i on.

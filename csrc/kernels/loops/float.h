@@ -81,7 +81,7 @@ struct FloatLoops {
           for (; i + M <= rows; i += M) tile<M>(weights, inputs, x + i * kSlab, x_step, c + i * kPanelRows);
           last_tiles<largest_power_of_two(M - 1)>(rows - i, weights, inputs, x + i * kSlab, x_step, c + i * kPanelRows);
         }
-        store_rows<V>(c, rows, row, panel, w.out_features, out);
+        store_tile<V>(c, rows, row, panel, w.out_features, out);
       }
     }
   }

@@ -226,7 +226,7 @@ struct Int8Loops : Int8Block<V, T, O> {
           if (V::kOneSlab && inputs == kSlab) sweep<1>(rows, weights, inputs, a, x, block, g, c);
           else sweep<0>(rows, weights, inputs, a, x, block, g, c);
         }
-        store_rows<V>(c, rows, row, panel, w.out_features, out);
+        store_tile<V>(c, rows, row, panel, w.out_features, out);
       }
     }
   }
