@@ -2,7 +2,7 @@
 
 from torch_int4.layouts.attention import AttentionLayout
 from torch_int4.layouts.family import Family
-from torch_int4.layouts.layer import NO_OFFSET, BlockLayout
+from torch_int4.layouts.layer import BlockLayout
 from torch_int4.layouts.scales import ScaleFold
 from torch_int4.patches import llama
 
@@ -25,7 +25,7 @@ FAMILY = Family(
             attention_norm="post_attention_layernorm",
             post_norm=None,
             mlp_norm="post_feedforward_layernorm",
-            norm_offset=NO_OFFSET,
+            norm="rms_once",
         ),
     ),
     folds=(

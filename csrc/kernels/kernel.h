@@ -25,7 +25,7 @@ constexpr int kMaxBlock = 128;  // inputs that share one activation scale, at mo
 enum class DType : int { kF32, kBF16, kF16 };
 constexpr int element_bytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
 enum class ScaleType : int { kF16, kF32, kE8M0 };  // E8M0: a power of two, 2^(byte - 127)
-enum class Norm : int { kRms, kLayer };
+enum class Norm : int { kRms, kRmsOnce, kLayer };
 enum class Activation : int { kSilu, kGelu, kGeluTanh };
 enum class Offset : int { kSymmetric, kInteger, kFloat };  // zero_point(type); uint8 zeros; w = q*scale + offset
 
@@ -88,7 +88,7 @@ struct Output {
 };
 
 // A norm of one row, computed in float and rounded to `dtype` where models do it: kRms rounds before the product with
-// the weight and after it, or, with an offset, only after that with (offset + weight); kLayer only at the end.
+// the weight and after it; kRmsOnce, and kRms with an offset, after that with (offset + weight); kLayer at the end.
 struct RowNorm {
   Norm kind;
   DType dtype;

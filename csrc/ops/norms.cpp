@@ -20,11 +20,12 @@ static const float* parameter_floats(const Tensor& t, const char* name, const Te
 void view_norm(const Tensor& x, int64_t count, const Tensor& weight, const OptionalTensor& bias,
                const NormOptions& options, NormView& view) {
   const auto& [kind, eps, offset] = options;
-  STD_TORCH_CHECK(kind == "rms" || kind == "layer", "torch_int4: norm must be 'rms' or 'layer', not '", kind, "'");
+  const bool rms = kind == "rms" || kind == "rms_once";
+  STD_TORCH_CHECK(rms || kind == "layer", "torch_int4: norm must be 'rms', 'rms_once' or 'layer', not '", kind, "'");
   STD_TORCH_CHECK(eps >= 0, "torch_int4: eps must not be negative, not ", eps);
-  view.norm.kind = kind == "rms" ? Norm::kRms : Norm::kLayer;
-  STD_TORCH_CHECK(!bias || view.norm.kind == Norm::kLayer, "torch_int4: only norm='layer' has a norm_bias");
-  STD_TORCH_CHECK(offset == 0 || view.norm.kind == Norm::kRms, "torch_int4: only norm='rms' has a norm_offset");
+  view.norm.kind = !rms ? Norm::kLayer : kind == "rms" ? Norm::kRms : Norm::kRmsOnce;
+  STD_TORCH_CHECK(!bias || !rms, "torch_int4: only norm='layer' has a norm_bias");
+  STD_TORCH_CHECK(offset == 0 || rms, "torch_int4: norm='layer' has no norm_offset");
   view.norm.dtype = float_type(x.scalar_type(), "x");
   view.norm.eps = float(eps);
   view.norm.offset = float(offset);

@@ -56,7 +56,9 @@ def normalized(x: Tensor, weight: Tensor, bias: Tensor | None, norm: str, eps: f
     if norm == "layer":
         return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
     y = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
-    return weight * y.to(x.dtype) if offset == 0 else (y * (offset + weight.float())).to(x.dtype)
+    if norm == "rms" and offset == 0:
+        return weight * y.to(x.dtype)
+    return (y * (offset + weight.float())).to(x.dtype)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -76,4 +78,10 @@ def assert_near(got: Tensor, want: Tensor, bound: float) -> None:
     assert oracle.scaled_error(got, want.double()) <= bound
 
 
-NORMS = [("rms", 1e-6, 0.0, False), ("rms", 1e-5, 1.0, False), ("layer", 1e-5, 0.0, True), ("layer", 1e-5, 0.0, False)]
+NORMS = [
+    ("rms", 1e-6, 0.0, False),
+    ("rms", 1e-5, 1.0, False),
+    ("rms_once", 1e-6, 0.0, False),
+    ("layer", 1e-5, 0.0, True),
+    ("layer", 1e-5, 0.0, False),
+]

@@ -15,7 +15,6 @@ from torch import nn
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from torch_int4 import Int4Error, ops, patch
-from torch_int4.layouts.layer import NO_OFFSET
 from torch_int4.nn.norm import FusedNorm
 
 OPS = torch.ops.torch_int4
@@ -48,7 +47,7 @@ def test_arguments_that_do_not_fit() -> None:
         ((x, random(7)), {}, r"norm_weight has shape \[7\] but must be \[8\]"),
         ((x, weight.to(torch.bfloat16)), {}, "norm_weight and x must have one dtype"),
         ((x, weight, weight), {}, "only norm='layer' has a norm_bias"),
-        ((x, weight), {"norm": "batch"}, "norm must be 'rms' or 'layer', not 'batch'"),
+        ((x, weight), {"norm": "batch"}, "norm must be 'rms', 'rms_once' or 'layer', not 'batch'"),
         ((x, weight), {"eps": -1.0}, "eps must not be negative"),
         ((x[:, :0], weight[:0]), {}, "x must have features"),
         ((x.double(), weight.double()), {}, "x must be float32, bfloat16 or float16"),
@@ -112,11 +111,11 @@ def test_what_runs_as_the_stock_one() -> None:
     assert calls.counts["normalize"] == 1
 
 
-def test_no_offset_rounds_once_as_olmo2_does() -> None:
+def test_rms_once_rounds_as_olmo2_does() -> None:
     norm, x = Olmo2RMSNorm(576).to(torch.bfloat16), random(64, 576, dtype=torch.bfloat16)
     norm.weight.data.copy_(1 + 0.2 * random(576, seed=1))
     with torch.no_grad():
         want, eps = norm(x), norm.variance_epsilon
-        once, twice = (OPS.normalize(x, norm.weight, eps=eps, norm_offset=offset) for offset in (NO_OFFSET, 0.0))
+        once, twice = (OPS.normalize(x, norm.weight, norm=kind, eps=eps) for kind in ("rms_once", "rms"))
     assert (once != want).float().mean() < 1e-3  # where a sum in another order falls on the other side
     assert (twice != want).float().mean() > 1e-2

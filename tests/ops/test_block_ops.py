@@ -219,7 +219,7 @@ def test_bad_arguments_are_named() -> None:
     bad("norm_weight and x must have one dtype", norm_weight=torch.ones(70).half())
     bad("only norm='layer' has a norm_bias", norm_bias=torch.ones(70))
     bad("norm_bias needs a norm_weight", norm_weight=None, norm_bias=torch.ones(70))
-    bad("only norm='rms' has a norm_offset", norm="layer", norm_offset=1.0)
+    bad("norm='layer' has no norm_offset", norm="layer", norm_offset=1.0)
     bad("norm must be", norm="batch")
     bad("eps must not be negative", eps=-1.0)
     bad("activation must be", activation="relu")

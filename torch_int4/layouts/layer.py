@@ -8,9 +8,6 @@ from typing import Any
 
 from torch_int4.layouts.roles import Role, norm_role
 
-# A `norm_offset` that changes no weight, for norms that multiply by it before they round, as with any offset.
-NO_OFFSET = 2.0**-126
-
 
 @dataclass(frozen=True)
 class BlockLayout:
@@ -38,10 +35,10 @@ class BlockLayout:
         returns_weights: whether the stock layer returns (x, attention weights) and not x alone.
         residual_scale: name of the attribute of the layer with the factor of what attention and the MLP give, if
             there is one.
-        norm: kind of all norms, "rms" or "layer".
+        norm: kind of all norms: "rms"; "rms_once", which rounds after the product with the weight and not before it,
+            too; "layer".
         eps: name of the attribute of a norm that is added to the variance.
-        norm_offset: what is added to the weight of a norm; `NO_OFFSET` where nothing is, but the product is rounded
-            once.
+        norm_offset: what is added to the weight of a norm.
     """
 
     forwards: tuple[str, str, str | None]
