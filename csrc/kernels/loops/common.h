@@ -71,7 +71,7 @@ TI4_INLINE void store_rows(const float* c, int rows, int64_t row, int64_t panel,
 // one of an output that is still on its way to memory, and waits: so loads of several rows go before their stores.
 template <class V>
 TI4_INLINE void store_tile(const float* c, int rows, int64_t row, int64_t panel, int64_t out_features,
-                                  const Output& output) {
+                           const Output& output) {
   constexpr int kBatch = 8;
   const Output out = output;
   const int step = out.terms * kPanelRows;
