@@ -28,7 +28,7 @@ PROMPT = "Write a two-sentence story about a small robot."
 
 @dataclass(frozen=True)
 class Side:
-    """What was measured of one of the two models."""
+    """The figures of one of the two models."""
 
     text: str
     speed: speed.Speed

@@ -164,7 +164,7 @@ def convert(gguf: Path, target: Path) -> None:
         if hasattr(transformers, "GgufConfig"):
             source["quantization_config"] = transformers.GgufConfig(dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
-        # What is saved is a float model: a trace of the file format would make later loads look for blocks.
+        # A float model is saved: a trace of the file format would make later loads look for blocks.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.hf_quantizer = None

@@ -2,4 +2,4 @@
 
 
 class Int4Error(ValueError):
-    """What was asked for cannot be done. The message names what, the reason and a remedy."""
+    """The request cannot be served. The message names the thing, the reason and a remedy."""

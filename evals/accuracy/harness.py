@@ -93,7 +93,7 @@ class Int4LM(CpuLM):
             )
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes into its results: also the config and the kernels that ran."""
+        """The entries that lm-eval writes into its results: also the config and the kernels that ran."""
         report = getattr(self.model, "torch_int4_report", None)
         config = None if report is None else dataclasses.asdict(report.config)
         return super().get_model_info() | {"torch_int4": torch_int4.info() | {"config": config}}

@@ -54,7 +54,7 @@ class Comparison:
     items: tuple[Items, ...]
 
     def failed(self, max_loss: float, *, strict: bool = False) -> list[str]:
-        """What keeps the gate closed: losses shown to be larger; with `strict`, also those not shown to be smaller."""
+        """Losses that close the gate: those shown to be larger; with `strict`, also those not shown to be smaller."""
         losses = {f"{row.task} {row.metric}": row.loss for row in self.rows if row.decides}
         if self.mean is not None:
             losses["mean accuracy"] = self.mean

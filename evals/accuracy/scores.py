@@ -39,7 +39,7 @@ class Items:
 
     @property
     def score(self) -> float:
-        """What lm-eval prints for it."""
+        """The figure that lm-eval prints for it."""
         values = torch.tensor(self.values, dtype=torch.float64)
         weights = torch.ones_like(values) if self.weights is None else torch.tensor(self.weights, dtype=torch.float64)
         mean = (values * weights).sum() / weights.sum()

@@ -1,4 +1,4 @@
-"""What the attention bench measures: steps, prompts and appends at contexts and geometries."""
+"""The points of the attention bench: steps, prompts and appends at contexts and geometries."""
 
 from __future__ import annotations
 

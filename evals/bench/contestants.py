@@ -1,4 +1,4 @@
-"""Who can be measured, and this package's operator as one of them.
+"""The engines that can be measured, and this package's operator as one of them.
 
 A contestant holds enough copies of a weight that no cache keeps them, and one call is a pass over all copies. Every
 one of them does that, so figures are of weights that come from memory, as those of a whole model do. Other libraries
@@ -57,7 +57,7 @@ class Ours:
         return y
 
     def kernels(self) -> str:
-        """What the dispatcher has active, asked after the run."""
+        """The kernels that the dispatcher has active, asked after the run."""
         return ops.isa()
 
 

@@ -21,7 +21,7 @@ from torch_int4.support.markdown import markdown_table
 _AVX2 = frozenset({"avx2", "fma", "f16c"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 _AMX = {"amx-tile", "amx-int8", "amx-bf16"}
-# What each processor has of that which kernel files ask for: llvm-mca itself simulates any instruction on any model.
+# Features of each processor, of those that kernel files ask for: llvm-mca simulates any instruction on any model.
 PROCESSORS: dict[str, frozenset[str]] = {
     "haswell": _AVX2,
     "skylake-avx512": _AVX512,

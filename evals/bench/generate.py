@@ -28,7 +28,7 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured.
+    """The measurements of a run.
 
     Attributes:
         tokens: decoded in each round.
@@ -98,7 +98,7 @@ class Result:
 
 
 def spec_of(shape: Shape, plan: Plan, threads: int, folder: Path, options: dict[str, Any]) -> Spec:
-    """What the engines get."""
+    """The settings of the engines."""
     return Spec(shape.name, threads, plan.context(), max((1, *plan.batches)), folder, options)
 
 
@@ -258,7 +258,7 @@ def _guarded(row: Row, step: Callable[[], None]) -> None:
 
 
 def _extras(workers: list[tuple[Row, Worker]], spec: Spec, plan: Plan, result: Result, note: Note) -> None:
-    """What is measured on this package's engine alone."""
+    """The measurements on this package's engine alone."""
     for row, worker in workers:
         if row.engine != "torch_int4" or row.failed:
             continue

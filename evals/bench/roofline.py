@@ -1,4 +1,4 @@
-"""What the machine can do at most, with the threads that torch uses: read bandwidth and peaks of arithmetic.
+"""The machine's limits, with the threads that torch uses: read bandwidth and peaks of arithmetic.
 
 The model is that of Williams, Waterman and Patterson, "Roofline: an insightful visual performance model" (2009).
 Each limit is the best of many samples, taken at the start of a run and again between the measurements: noise of

@@ -31,12 +31,12 @@ class Profile:
 
     @property
     def python_s(self) -> float:
-        """What is left of the forward: Python, dispatch, allocation. Not below 0, for the profiler slows operators."""
+        """The rest of the forward: Python, dispatch, allocation. Not below 0, for the profiler slows operators."""
         return max(self.forward_s - self.operators_s - self.framework_s, 0.0)
 
     @property
     def loop_s(self) -> float:
-        """What generate does around the forward: preparing inputs, choosing the token, checking for the end."""
+        """The work of generate around the forward: preparing inputs, choosing the token, checking for the end."""
         return self.token_s - self.forward_s
 
     def rows(self) -> list[tuple[str, float, float]]:

@@ -19,7 +19,7 @@ from torch_int4.evals.speed.process import peak_bytes, reset_peak, resident_byte
 
 @dataclass(frozen=True)
 class Loaded:
-    """What an engine says of itself once it is there; bytes."""
+    """An engine's description of itself once it is there; sizes in bytes."""
 
     version: str
     weight_bytes: int
@@ -75,8 +75,8 @@ class Worker:
 
 @contextlib.contextmanager
 def _environment(threads: int) -> Iterator[None]:
-    """What libraries read as they start: the number of threads. Waiting ones spin a while, as they do for users; the
-    pauses between turns are longer than that."""
+    """The variables that libraries read as they start: the number of threads. Waiting ones spin a while, as they do for
+    users; the pauses between turns are longer than that."""
     wanted = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)

@@ -22,7 +22,7 @@ from torch_int4.tuning.footprint import weight_bytes
 
 @dataclass(frozen=True)
 class Spec:
-    """What to measure, and how.
+    """The measurements to make, and their settings.
 
     Attributes:
         model_dir: the float model.

@@ -1,4 +1,4 @@
-"""What the report compares: float in two types, our recipes, and peers that are installed."""
+"""The methods that the report compares: float in two types, our recipes, and peers that are installed."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def run(
 
 
 def _in_process(spec: Spec, scratch: Path) -> dict[str, Any] | str:
-    """What one process measured, or the last line it complained with."""
+    """The figures that one process measured, or the last line it complained with."""
     spec_file, result_file = scratch / "spec.json", scratch / "result.json"
     spec_file.write_text(json.dumps(dataclasses.asdict(spec)), encoding="utf-8")
     result_file.unlink(missing_ok=True)

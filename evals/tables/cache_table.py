@@ -1,4 +1,4 @@
-"""What the KV cache's storage costs: perplexity of a patched model whose attention reads each kind of cache.
+"""The cost of the KV cache's storage: perplexity of a patched model whose attention reads each kind of cache.
 
 Run ``python evals/tables/cache_table.py --help``.
 """

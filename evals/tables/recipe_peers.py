@@ -27,7 +27,7 @@ STEPS = {"light": 50, "default": 200, "best": 1000}  # of a block, as our traine
 
 @dataclass(frozen=True)
 class Job:
-    """What a peer is to do.
+    """The task of a peer.
 
     Attributes:
         model: the float model as it was loaded from a directory, which is `model.name_or_path`.

@@ -1,4 +1,4 @@
-"""What each recipe recovers: perplexity of recipes at several group sizes, and accuracy on LAMBADA if asked for.
+"""The accuracy that each recipe recovers: perplexity at several group sizes, and accuracy on LAMBADA if asked for.
 
 Run ``python evals/tables/recipes_table.py --help``. Every row is written to a JSON lines file as soon as it is
 measured, and rows that are there already are not measured again: a run that was stopped goes on.
@@ -92,7 +92,7 @@ def accuracy_cells(row: Row, rows: Sequence[Row]) -> tuple[str, ...]:
 
 
 def against_peers(rows: Sequence[Row]) -> list[str]:
-    """What each of our rows differs from its peers by, in words: perplexity with its paired error, and seconds."""
+    """The difference of each of our rows to its peers, in words: perplexity with its paired error, and seconds."""
     from torch_int4.tuning.paired import perplexity_loss
 
     found = []
@@ -109,7 +109,7 @@ def against_peers(rows: Sequence[Row]) -> list[str]:
 
 
 def plain_loss(base: Row, plain: Row) -> float:
-    """What plain rounding loses against float."""
+    """The loss of plain rounding against float."""
     from torch_int4.tuning.paired import perplexity_loss
 
     return perplexity_loss(base.nll, plain.nll, plain.tokens).loss

@@ -1,4 +1,4 @@
-"""What plain rounding costs: perplexity, KL and top-1 agreement for every group size and offset kind.
+"""The cost of plain rounding: perplexity, KL and top-1 agreement for every group size and offset kind.
 
 Run ``python evals/tables/rtn_table.py --help``. The table is meant to be unflattering: a model of
 135M parameters suffers far more from 4 bits than one of 7B, and rounding to nearest is the simplest recipe.

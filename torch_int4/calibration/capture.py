@@ -1,4 +1,4 @@
-"""What the blocks of a model are called with: inputs captured once, and run through block after block."""
+"""The calls of a model's blocks: inputs captured once, and run through block after block."""
 
 from __future__ import annotations
 

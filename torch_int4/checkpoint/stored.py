@@ -1,4 +1,4 @@
-"""What `config.json` says about int4 weights, and the state dict that goes with it."""
+"""The entry about int4 weights in `config.json`, and the state dict that goes with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What commands that run a model share: their options, and a loaded and patched model."""
+"""Parts that commands share which run a model: their options, and a loaded and patched model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Choice:
     threads: int | None
 
     def folder(self) -> str:
-        """What transformers loads: a directory or a name on the Hub.
+        """The model that transformers loads: a directory or a name on the Hub.
 
         Raises:
             Int4Error: if it looks like a directory without a model.

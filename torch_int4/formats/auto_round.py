@@ -53,7 +53,7 @@ class AutoRound(Format):
         return Settings(bits, size, _checks.flag(config, "sym", True), layout, mixed=mixed)
 
     def suffixes(self, settings: Settings) -> dict[str, bool]:
-        """Those of GPTQ or AWQ; g_idx is there when gptqmodel wrote the file."""
+        """The tensors of GPTQ or AWQ; g_idx is there when gptqmodel wrote the file."""
         return {"qweight": True, "qzeros": True, "scales": True} | (
             {} if settings.layout == "awq" else {"g_idx": False}
         )

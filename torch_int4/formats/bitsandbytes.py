@@ -161,7 +161,7 @@ def _read_absmax(tensors: Mapping[str, Tensor], state: Mapping[str, Any], blocks
 
 
 def _module_tensors(module: nn.Module, name: str) -> tuple[dict[str, Tensor], Settings, tuple[int, int]]:
-    """What a file of this module would hold."""
+    """The tensors that a file of this module would hold."""
     weight: Any = module.weight
     _checks.on_cpu(weight, name)
     state = weight.quant_state

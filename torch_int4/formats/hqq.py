@@ -141,7 +141,7 @@ def _affine(tensors: Mapping[str, Tensor], shape: tuple[int, int], name: str) ->
 
 
 def _check_encoded(tensors: Mapping[str, Tensor], settings: Settings, shape: tuple[int, int], name: str) -> None:
-    """What a module's own settings say must be what is read."""
+    """A module's own settings must agree with the tensors."""
     expected = {"nbits": settings.bits, "axis": int(settings.layout == "axis1"), "shape": list(shape)}
     if settings.group_size != -1:
         expected["group_size"] = settings.group_size

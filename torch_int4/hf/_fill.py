@@ -32,7 +32,7 @@ from torch_int4.weights.types import INT4
 
 @dataclass
 class Reading:
-    """What has to be read for the linears of a model.
+    """The tensors to be read for the linears of a model.
 
     Attributes:
         source: the checkpoint's tensors.

@@ -20,7 +20,7 @@ Write = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Answer:
-    """What was generated, and how fast."""
+    """The generated tokens, and the speed."""
 
     text: str
     ids: tuple[int, ...]

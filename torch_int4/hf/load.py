@@ -112,7 +112,7 @@ def _adopted(source: Mapping[str, Any], ours: Mapping[str, Any], where: str) -> 
 
 
 def _config_of(source: Mapping[str, Any]) -> Int4Config:
-    """What an `Int4Config` can say about the weights of another tool."""
+    """The `Int4Config` of weights of another tool, as far as it can say it."""
     from torch_int4 import formats
 
     settings = formats.find(source).settings(source)

@@ -1,4 +1,4 @@
-"""What fused attention needs to know about a family's attention modules: data."""
+"""The facts about a family's attention modules that fused attention needs: data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the patcher needs to know about a family of models: data."""
+"""The facts about a family of models that the patcher needs: data."""
 
 from __future__ import annotations
 

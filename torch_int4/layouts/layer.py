@@ -1,4 +1,4 @@
-"""What fused decoder layers need to know about a family's decoder layers: data."""
+"""The facts about a family's decoder layers that fused layers need: data."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class BlockLayout:
 
     @cached_property
     def norm_role(self) -> Role:
-        """What decides the results of the norms."""
+        """The facts that decide the results of the norms."""
         return norm_role(self.eps)
 
     @cached_property

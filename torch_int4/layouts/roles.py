@@ -1,4 +1,4 @@
-"""What decides the result of a module that operators run: its facts, which the operators are told.
+"""The facts that decide the result of a module that operators run, which the operators are told.
 
 Checks, arguments of operators, and the list of what a prepared layer watches all come from here, so that none of them
 can leave out what another one has.
@@ -31,7 +31,7 @@ class Fact(NamedTuple):
 
 
 class Role(NamedTuple):
-    """What decides the results of modules of one kind.
+    """The facts that decide the results of modules of one kind.
 
     Attributes:
         own: facts of each module.
@@ -53,14 +53,14 @@ class Role(NamedTuple):
         return True
 
     def several(self, modules: Sequence[Any]) -> dict[str, Any]:
-        """What an operator that takes several modules is told of these, which agree."""
+        """The arguments of an operator that takes several modules, which agree."""
         given = {fact.many: [fact.of(module) for module in modules] for fact in self.own}
         for fact in self.common:
             given[fact.many] = fact.of(modules[0])
         return given
 
     def single(self, module: Any) -> dict[str, Any]:
-        """What an operator that takes one module is told of this one."""
+        """The arguments of an operator that takes one module."""
         return {fact.one: fact.of(module) for fact in (*self.own, *self.common)}
 
     @property

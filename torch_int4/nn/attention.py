@@ -42,7 +42,7 @@ class StockAttention(Mixin):
     """The stock module, which adds its mask where it records weights: a bool one would hide nothing then."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """What the stock module gives, with a mask that can be added."""
+        """The output of the stock module, with a mask that can be added."""
         mask = kwargs.get("attention_mask")
         if kwargs.get("output_attentions") and isinstance(mask, Tensor):
             kwargs["attention_mask"] = additive(mask, hidden_states.dtype)
@@ -96,12 +96,12 @@ class FusedAttention(StockAttention):
         return cos, sin, {"rotary_dim": dim, "interleaved": layout.interleaved}
 
     def scoring(self) -> dict[str, float]:
-        """What becomes of the products of queries and keys."""
+        """The factor and the cap of the products of queries and keys."""
         layout = self.torch_int4_data.layout
         return {"scale": _scale(self, layout), "softcap": _softcap(self, layout)}
 
     def attend_heads(self, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """What the output projection gets, `[batch, tokens, features]`.
+        """The input of the output projection, `[batch, tokens, features]`.
 
         Args:
             query: as it was projected, `[batch, tokens, heads, head size]`, as are key and value with their heads.
@@ -126,7 +126,7 @@ class FusedAttention(StockAttention):
         return attend(query, key, value, mask, causal=True, **options).flatten(2)
 
     def extra_repr(self) -> str:
-        """What `print(model)` adds."""
+        """The text that `print(model)` adds."""
         return "fused by torch_int4"
 
 

@@ -78,7 +78,7 @@ def _stock(
     softcap: float | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers would have done; the plain version of the model's file knows caps, sinks and the like."""
+    """The output of transformers' own function; the plain one of the model's file knows caps, sinks and the like."""
     if softcap is None and kwargs.get("s_aux") is None:
         return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=causal, **kwargs

@@ -14,7 +14,7 @@ from torch_int4 import _C
 
 
 class Guard:
-    """What must not change: entries of dictionaries, hooks and classes of modules, the dtype of parameters.
+    """The things that must not change: entries of dictionaries, hooks and classes of modules, the dtype of parameters.
 
     Every token asks, and between two tokens the weights have gone through the processor's caches, so that what is slow
     is memory: lists lie close together, and hooks are only looked at once torch has made a handle for a new one.

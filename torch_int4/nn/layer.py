@@ -44,7 +44,7 @@ class FusedBlock(Mixin):
         return (output, None) if self.torch_int4_data.layout.returns_weights else output
 
     def extra_repr(self) -> str:
-        """What `print(model)` adds."""
+        """The text that `print(model)` adds."""
         return "fused by torch_int4"
 
 

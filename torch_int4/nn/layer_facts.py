@@ -127,7 +127,7 @@ class LayerFacts:
 
 
 def _shared(linears: list[Any]) -> dict[str, Any]:
-    """What an operator is told of linears of which the first ones take one input in one form."""
+    """The arguments of an operator for linears of which the first ones take one input in one form."""
     given = LINEAR.several(linears)
     given["perm"] = given.pop("perms")[0]
     return given

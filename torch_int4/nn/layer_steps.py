@@ -65,7 +65,7 @@ class LayerSteps:
 
 
 def _linears(x: Tensor, arguments: dict[str, Any]) -> list[Tensor]:
-    """What linears give for x, after a norm if the arguments have one."""
+    """The outputs of linears for x, after a norm if the arguments have one."""
     operators = torch.ops.torch_int4
     operator = operators.norm_linears if "norm" in arguments else operators.int4_linears
     outputs: list[Tensor] = call(operator.default, x, **arguments)

@@ -62,7 +62,7 @@ class Int4Linear(nn.Linear):
         held = weight.check() if isinstance(weight, PackedWeight) else PackedWeight.pack(weight)
         self.out_features, self.in_features = held.out_features, held.in_features
         self.group_size, self.weight_type, self.compute = held.group_size, held.weight_type, compute
-        # What PEFT gives its adapters.
+        # The dtype that PEFT gives its adapters.
         self.compute_dtype = dtype or (torch.float32 if bias is None else bias.dtype)
         self._shared: SharedInput | None = None
         self.register_parameter("weight", None)
@@ -170,7 +170,7 @@ class Int4Linear(nn.Linear):
             self._buffers[name] = state[name]
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows of this layer."""
+        """The text that `print(model)` shows of this layer."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"{self.weight_type}, group_size={self.group_size}, compute={self.compute}"

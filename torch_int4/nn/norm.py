@@ -37,5 +37,5 @@ class FusedNorm(Mixin):
         return output
 
     def extra_repr(self) -> Any:
-        """What `print(model)` adds."""
+        """The text that `print(model)` adds."""
         return f"{super().extra_repr()}, by torch_int4"  # type: ignore[misc]

@@ -31,7 +31,7 @@ class FusedStack(Mixin):
     shows_signature = True  # transformers asks models what they take
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the stock module gives."""
+        """The output of the stock module."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         outer, running.turn = running.turn, Turn(self)
@@ -41,7 +41,7 @@ class FusedStack(Mixin):
             running.turn = outer
 
     def extra_repr(self) -> str:
-        """What `print(model)` adds."""
+        """The text that `print(model)` adds."""
         return "layers in one call, by torch_int4"
 
 
@@ -85,7 +85,7 @@ class Turn:
                 return
 
     def run(self, block: Any, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-        """What all layers give, or None where this one has to run by itself."""
+        """The output of all layers, or None where this one has to run by itself."""
         if block is not self._first or x.dim() != 3 or x.shape[1] > MOST_TOKENS:
             return None
         stack = stacks.get(self.model)
@@ -152,7 +152,7 @@ class PreparedStack:
 
 
 def _kind(layer: PreparedLayer) -> tuple[Any, ...]:
-    """What must be the same for layers to share one list of arguments."""
+    """The facts that must be the same for layers to share one list of arguments."""
     attention = layer.attention
     settings = (attention.is_causal, attention.kv_sizes(), attention.scoring(), layer.guard.dtype)
     return type(attention), attention.torch_int4_data, id(attention.config), *settings

@@ -44,7 +44,7 @@ def set_isa(name: str) -> None:
 
 
 def _last_line(error: RuntimeError) -> str:
-    """What the operator said, without the place in the sources that LibTorch puts in front."""
+    """The operator's message, without the place in the sources that LibTorch puts in front."""
     return str(error).strip().splitlines()[-1]
 
 

@@ -1,4 +1,4 @@
-"""What runs here."""
+"""The kernels, libraries and threads that run here."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def find(model_type: str | None) -> Family:
 
 
 def resolve(family: Family | str | None) -> Family | None:
-    """What the user gave as `family`.
+    """The family that the user gave as `family`.
 
     Raises:
         Int4Error: a name without a file, or another type.

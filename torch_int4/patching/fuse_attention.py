@@ -24,7 +24,7 @@ from torch_int4.support.forwards import (
 
 
 class Fused(NamedTuple):
-    """What became of attention.
+    """The attention modules that were fused, and those that were not.
 
     Attributes:
         modules: how many are fused as a whole.
@@ -110,7 +110,7 @@ def _fuse_module(module: nn.Module, family: Family | None, refusals: Refusals) -
 
 
 def _known(module: nn.Module, layout: AttentionLayout, family: Family) -> KnownAttention | str:
-    """What is known of an attention module, or why the layout is not true of it."""
+    """The facts known of an attention module, or the reason why the layout is not true of it."""
     kind: Any = type(module)
     cache = cache_argument(kind)
     if "forward" in module.__dict__:

@@ -46,7 +46,7 @@ def _fuse_module(module: nn.Module, family: Family, refusals: Refusals) -> bool:
 
 
 def _known(module: nn.Module, layout: BlockLayout, family: Family) -> KnownBlock | tuple[int, str]:
-    """What is known of a layer whose attention is fused; or how far the layout is true of it, and why no further."""
+    """The facts known of a layer whose attention is fused; or how far the layout is true of it, and why no further."""
     from torch_int4.layouts.layer import KnownBlock
 
     for step, check in enumerate((_check_forwards, _check_settings, _check_children, _check_parts)):

@@ -1,4 +1,4 @@
-"""What a loader needs to know of a model whose weights are not there yet, and the place it keeps for each of them."""
+"""The plan of a model whose weights are not there yet, for a loader, and the place it keeps for each of them."""
 
 from __future__ import annotations
 

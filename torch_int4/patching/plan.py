@@ -1,4 +1,4 @@
-"""What becomes of a model: one walk over its modules (`Survey`), and what is decided by it (`Plan`).
+"""The way of a model to int4: one walk over its modules (`Survey`), and what is decided by it (`Plan`).
 
 A model that is patched is surveyed and planned at once. One that is loaded is surveyed while it has no weights yet;
 the linears that a loader makes int4 itself leave the survey, and the plan for the rest is made when there are values.
@@ -38,7 +38,7 @@ class Held:
 
 
 class Survey:
-    """What a walk over a model found.
+    """The findings of a walk over a model.
 
     Attributes:
         model: the model.
@@ -118,7 +118,7 @@ class Foreign(Held):
 
 @dataclass
 class Plan:
-    """What becomes what, in the order in which it is done: foreign linears, float linears, embeddings.
+    """The conversions in the order in which they are done: foreign linears, float linears, embeddings.
 
     Attributes:
         survey: of the model.
@@ -150,7 +150,7 @@ class Plan:
 
 
 def decide(survey: Survey, config: Int4Config) -> Plan:
-    """What becomes of the modules of a survey, which the plan alone holds from then on.
+    """The conversions of the modules of a survey, which the plan alone holds from then on.
 
     Raises:
         Int4Error: naming a module that should be replaced and cannot be.

@@ -51,7 +51,7 @@ def wrong_children(module: nn.Module, named: Iterable[str], what: str = "") -> s
 
 
 def attribute(module: nn.Module, path: str) -> Any:
-    """What a dotted path leads to, None where it ends before."""
+    """The object at the end of a dotted path, None where it ends before."""
     found: Any = module
     for name in path.split("."):
         found = getattr(found, name, None)

@@ -1,4 +1,4 @@
-"""What a patch did to a model, measured; kept as `model.torch_int4_report`."""
+"""The effect of a patch on a model, measured; kept as `model.torch_int4_report`."""
 
 from __future__ import annotations
 

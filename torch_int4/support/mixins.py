@@ -75,7 +75,7 @@ def mix_in(mixin: type[Mixin], module: nn.Module, data: Any = None) -> bool:
 
 @functools.cache
 def data_of(kind: Hashable, mixin: type[Mixin]) -> Any:
-    """What a class was given with a mixin, also where another one was mixed in after it."""
+    """The data that a class was given with a mixin, also where another one was mixed in after it."""
     classes: tuple[type, ...] = kind.__mro__  # type: ignore[attr-defined]
     return next(vars(base)["torch_int4_data"] for base in classes if vars(base).get("torch_int4_mixin") is mixin)
 

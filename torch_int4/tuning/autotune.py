@@ -69,7 +69,7 @@ class Tried:
 
 @dataclass
 class AutotuneResult:
-    """What was tried and what came of it.
+    """The recipes that were tried, and their results.
 
     Attributes:
         passed: whether a candidate kept the limit.
@@ -233,7 +233,7 @@ class _Tuner:
 
 
 def table(tried: Sequence[Tried], max_loss: float) -> str:
-    """What was tried, as a markdown table."""
+    """The recipes that were tried, as a markdown table."""
     header = ("candidate", "loss", "±", "verdict", "bits", "quantize s", "evaluate s", "tokens/s at most")
     rows = []
     for entry in tried:

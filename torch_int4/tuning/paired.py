@@ -23,7 +23,7 @@ Z = 2.0  # standard errors between a loss and the limit from which a verdict cou
 
 @dataclass(frozen=True)
 class PairedLoss:
-    """What was lost, on the same items.
+    """The loss on the same items.
 
     Attributes:
         kind: "accuracy" (relative drop of the mean score), "perplexity" (relative rise) or "kl" (nats per token).

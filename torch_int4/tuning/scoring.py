@@ -35,7 +35,7 @@ class Scores:
 
 
 class Task(Protocol):
-    """What the gate can run."""
+    """A task that the gate can run."""
 
     name: str
     kind: str

@@ -28,7 +28,7 @@ TRIM = 4 << 20  # bytes handed out between two calls of `return_memory`: by so m
 
 
 class Size(NamedTuple):
-    """What is known of a packed weight before it is there.
+    """The facts known of a packed weight before it is there.
 
     Attributes:
         out_features: rows.

@@ -1,4 +1,4 @@
-"""What the rounding of a linear gives: an int4 weight, and whatever the linear computes besides its product."""
+"""The result of rounding a linear: an int4 weight, and whatever the linear computes besides its product."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ _LIMITS = {"max_rise": "rise", "max_kl": "kl", "min_agreement": "agreement", "mi
 
 @dataclass(frozen=True)
 class Floor:
-    """What one int4 model has to reach.
+    """The floor of one int4 model.
 
     Attributes:
         name: heading of its table in the file.
@@ -50,7 +50,7 @@ class Floor:
 
 @dataclass(frozen=True)
 class Measured:
-    """What an int4 model reached; fields as in `Floor`."""
+    """The figures of an int4 model; fields as in `Floor`."""
 
     rise: float
     kl: float
@@ -106,7 +106,7 @@ class Gate:
         return torch_int4.patch(model, config)
 
     def measure(self, model: Any) -> Measured:
-        """What an int4 model of the same tokenizer reaches."""
+        """The figures of an int4 model of the same tokenizer."""
         self._recorded.rewind()
         score: Perplexity = perplexity(model, self.tokens, window=WINDOW, reference=self._recorded)
         if score.kl is None or score.agreement is None:

@@ -96,7 +96,7 @@ def present(data: str | Path) -> list[str]:
 
 
 def accuracies(data: str | Path) -> list[str]:
-    """Those of `present` whose deciding metrics are accuracies.
+    """The tasks of `present` whose deciding metrics are accuracies.
 
     Raises:
         Int4Error: there are none in `data`.

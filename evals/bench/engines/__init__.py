@@ -18,7 +18,7 @@ from torch_int4.evals.bench.shapes import Shape, find
 
 @dataclass(frozen=True)
 class Spec:
-    """What every engine of a run gets.
+    """The settings that every engine of a run gets.
 
     Attributes:
         shape: name of the model's shape.
@@ -83,7 +83,7 @@ def available() -> dict[str, Any]:
 
 
 def not_installed(*modules: str, install: str) -> str | None:
-    """What to install if one of the modules is not there, for `Engine.missing`."""
+    """The packages to install if one of the modules is not there, for `Engine.missing`."""
     import importlib.util
 
     absent = [name for name in modules if importlib.util.find_spec(name) is None]

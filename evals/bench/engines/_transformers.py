@@ -1,4 +1,4 @@
-"""What engines share that run a model of transformers through its own `generate`."""
+"""The base of engines that run a model of transformers through its own `generate`."""
 
 from __future__ import annotations
 

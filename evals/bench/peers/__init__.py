@@ -25,7 +25,7 @@ def builders(weight: Int4Weight, rotate: int) -> dict[str, Callable[[], Contesta
 
 
 def missing() -> list[str]:
-    """What the bench could ask if it were installed."""
+    """The peers that the bench could ask if it were installed."""
     return [text for module in _modules() if (text := module.missing()) is not None]
 
 

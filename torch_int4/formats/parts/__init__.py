@@ -1,1 +1,1 @@
-"""What the formats of checkpoints share: files, checks, orders of codes."""
+"""Parts that the formats of checkpoints share: files, checks, orders of codes."""

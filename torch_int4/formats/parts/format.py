@@ -1,4 +1,4 @@
-"""What a checkpoint format has to be able to do: from the tensors of one linear to `Int4Weight`, and back."""
+"""The duties of a checkpoint format: from the tensors of one linear to `Int4Weight`, and back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch_int4.weights.canonical import Int4Weight
 
 @dataclass(frozen=True)
 class Settings:
-    """What the `quantization_config` of a checkpoint says about its weights, checked.
+    """The settings of weights in the `quantization_config` of a checkpoint, checked.
 
     Attributes:
         bits: bits of a code, 4 or 8.

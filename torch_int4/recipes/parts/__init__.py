@@ -1,1 +1,1 @@
-"""What the stages of recipes share: blocks with statistics of their inputs, grids, folds, training."""
+"""Parts that the stages of recipes share: blocks with statistics of their inputs, grids, folds, training."""

@@ -1,4 +1,4 @@
-"""What recipes work on: the linears of one block of a model, what they were given as input, and scales to fold."""
+"""The unit that recipes work on: the linears of one block of a model, their inputs, and scales to fold."""
 
 from __future__ import annotations
 

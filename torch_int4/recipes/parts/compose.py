@@ -33,7 +33,7 @@ def round_block(recipe: Recipe, block: Block, options: WeightOptions) -> dict[st
 
 
 def round_by_weight(stage: ModuleType, linears: Iterable[Linear], options: WeightOptions) -> dict[str, Result]:
-    """What `stage.round` would give, of a stage that has `quantize`: linears with one input are rounded as one.
+    """The results of `stage.round`, of a stage that has `quantize`: linears with one input are rounded as one.
 
     Where results may have extras every linear is by itself, for extras belong to a linear as a whole.
     """

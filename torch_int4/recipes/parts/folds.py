@@ -52,7 +52,7 @@ class Fold:
         return getattr(values.view(-1, times, size), how)(dim=1).flatten()
 
     def divisor(self, s: Tensor, outputs: int) -> Tensor:
-        """What the source's rows are divided by, `[outputs]`: s, and 1 for rows that are not scaled."""
+        """The divisors of the source's rows, `[outputs]`: s, and 1 for rows that are not scaled."""
         if self.rows is None:
             return s
         return torch.ones(outputs, dtype=s.dtype).index_copy(0, self.rows, s)

@@ -87,7 +87,7 @@ class Grid:
         return same & is_fp16(s).flatten() & is_fp16(z).flatten()
 
     def difference(self, w: Tensor, s: Tensor, z: Tensor) -> Tensor:
-        """What rounding changes, `[n, length]`."""
+        """The error of rounding, `[n, length]`."""
         return self.decode(self.encode(w, s, z), s, z).sub_(w)
 
 

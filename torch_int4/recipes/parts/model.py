@@ -1,4 +1,4 @@
-"""What stages see that work on a model as a whole, before its linears are rounded and after."""
+"""A model as the stages see it that work on the whole of it, before its linears are rounded and after."""
 
 from __future__ import annotations
 

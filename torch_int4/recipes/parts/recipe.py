@@ -43,7 +43,7 @@ class Recipe:
 
     @property
     def extras(self) -> dict[str, type[Extra]]:
-        """What linears may compute besides their product, by name."""
+        """The extras that linears may compute besides their product, by name."""
         return {name: kind for stage in self.stages for name, kind in getattr(stage, "EXTRAS", {}).items()}
 
     @property
