@@ -1,6 +1,6 @@
 # make demo         set everything up in .venv and run SmolLM2 in float and in INT4
 # make test         the whole test suite           ARGS="-k linear -x" goes to pytest
-# make test-fast    all but the tests that are marked slow
+# make test-fast    all but the slowest tests, which tests/slow_tests.txt lists
 # make test-oldest  the tests of models, on the oldest transformers that is allowed
 # make lint         ruff, mypy, order of rooms, clang-format; make format mends what can be mended
 # make install      the package alone              make clean removes builds, make distclean also .venv

@@ -7,10 +7,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from slow_tests import SlowTests
 
 from torch_int4 import ops, recipes
 
 TOYS = Path(__file__).parent / "helpers" / "stages"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds the option of the plugin."""
+    parser.addoption("--write-slow", action="store_true", help="write tests/slow_tests.txt from the times of all runs")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Adds the plugin."""
+    config.pluginmanager.register(SlowTests(), "slow_tests")
 
 
 @pytest.fixture(params=ops.isas())

@@ -54,7 +54,6 @@ def test_every_stage_does_something_and_says_what(name):
 # The pass
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_gptq_serves_every_decoder_and_beats_rounding(name):
     model, plain = patched(name, "rtn", None, group_size=32)
@@ -68,7 +67,6 @@ PAIRS = [*ROUNDINGS, *(f"{transform}+gptq" for transform in TRANSFORMS), *(f"awq
 PAIRS += ["smooth+awq+gptq"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("recipe", dict.fromkeys(PAIRS))
 def test_pairs_run_and_the_result_is_what_the_weights_say(recipe):
     calibration = small(samples=4, batch=2)
@@ -84,7 +82,6 @@ def test_pairs_run_and_the_result_is_what_the_weights_say(recipe):
     assert output_error(model, result) < 0.4
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", MAIN)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_folding_leaves_the_float_model_what_it_was(name, transform, monkeypatch):
@@ -197,7 +194,6 @@ def test_weights_come_back_where_a_block_fails(monkeypatch):
     assert {n: p.data_ptr() for n, p in model.named_parameters()} == before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["gptq", "awq", "teq", "signround", "omniquant"])
 def test_float_weights_are_freed_block_by_block(recipe, monkeypatch):
     model = decoder("llama")

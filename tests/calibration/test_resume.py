@@ -39,7 +39,6 @@ class KilledError(Exception):
     pass
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_an_interrupted_run_ends_with_the_same_bits(recipe, tmp_path, monkeypatch):
     _, want = patched("llama", recipe, small(samples=6, batch=2), preset="light")
@@ -82,7 +81,6 @@ patched("llama", "awq+gptq", small(samples=6, batch=2, resume={folder!r}))
 """
 
 
-@pytest.mark.slow
 def test_a_run_that_is_killed_leaves_whole_files_only(tmp_path):
     script = SCRIPT.format(tests=str(Path(calibrating.__file__).parent), folder=str(tmp_path))
     process = subprocess.Popen(

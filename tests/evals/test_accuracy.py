@@ -52,7 +52,6 @@ def test_float_scores_are_those_of_stock_lm_eval(model_dir: Path, data: Path, tm
         assert stock["results"][entry.task][f"{entry.metric},none"] == pytest.approx(entry.score, rel=1e-12)
 
 
-@pytest.mark.slow
 def test_configs_are_compared_with_one_float_run(model_dir: Path, data: Path) -> None:
     """The first is patched in place, later ones are loaded again: both must start from float weights."""
     exact = Int4Config(skip=("*.layers.1.*", "*.mlp.*"), compute="fp32", head="float", kv_cache="fp32")
@@ -97,7 +96,6 @@ def test_command_prints_and_writes(model_dir: Path, data: Path, tmp_path: Path) 
     assert "the first 2 items" in table
 
 
-@pytest.mark.slow
 def test_command_fails_when_the_gate_does(model_dir: Path, data: Path) -> None:
     arguments = ["eval", str(model_dir), "--data", str(data), "--tasks", "wikitext", "--max-length", "64"]
     arguments += ["--max-loss", "-0.5"]  # perplexity would have to halve

@@ -254,7 +254,6 @@ def test_probes_reject_what_they_cannot_run() -> None:
         torch.ops.torch_int4.probe_read(torch.zeros(4096, dtype=torch.uint8), 0, 0)
 
 
-@pytest.mark.slow
 @needs_avx2
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "rotation", lambda: ROTATE)

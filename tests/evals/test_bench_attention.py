@@ -113,7 +113,6 @@ def test_reports() -> None:
     assert data["roofs"]["read"]["2 MiB"]["bytes_per_s"] == 1e10
 
 
-@pytest.mark.slow
 @needs_avx2
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "rotation", lambda: ROTATE)

@@ -104,7 +104,6 @@ def test_read_bytes_count_what_a_token_reads() -> None:
     assert packed <= footprint.read_bytes(int4) < 1.1 * packed
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ENGINES)
 def test_engines_say_what_is_missing_or_run(name: str, folder: Path) -> None:
     """Each engine in a process of its own: as many times as tokens, whatever came before, in batches too."""
@@ -212,7 +211,6 @@ def test_prompts_fit_every_vocabulary() -> None:
     assert len(set(map(tuple, shifted))) == 16
 
 
-@pytest.mark.slow
 def test_command_measures_and_writes(tmp_path: Path) -> None:
     arguments = ["--shape", "tiny", "--threads", "1", "--tokens", "3", "--rounds", "2", "--prefill", "40"]
     files = {name: tmp_path / f"x.{name}" for name in ("json", "markdown")}

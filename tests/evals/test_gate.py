@@ -34,7 +34,6 @@ def damage(model: Any, layer: int, factor: float = 1.2) -> None:
             module.load_state_dict({name: value * factor if name in SCALED else value for name, value in state.items()})
 
 
-@pytest.mark.slow
 @needs_model
 @pytest.mark.parametrize("floor", FLOORS, ids=lambda floor: floor.name)
 def test_smollm2_keeps_its_floors(smollm2: Gate, floor: Floor) -> None:
@@ -44,7 +43,6 @@ def test_smollm2_keeps_its_floors(smollm2: Gate, floor: Floor) -> None:
     assert measured.kl > 0
 
 
-@pytest.mark.slow
 @needs_model
 def test_one_damaged_layer_fails(smollm2: Gate) -> None:
     """A layer in the middle, where the model forgives most: scales 1.2 times what they were."""

@@ -70,7 +70,6 @@ def item_scores(found: dict[str, Any]) -> dict[str, list[list[Any]]]:
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [
@@ -124,7 +123,6 @@ def test_a_registry_without_lazy_entries_is_left_alone(monkeypatch: pytest.Monke
     harness_hook.register()
 
 
-@pytest.mark.slow
 def test_named_type_equals_a_patched_object_and_stock_hf(model_dir: Path, data: Path, tmp_path: Path) -> None:
     """The same model by name, as an object in our class or in lm-eval's own, and saved in int4."""
     from lm_eval.models.huggingface import HFLM

@@ -16,7 +16,6 @@ from torch_int4.recipes.parts.train import FakeQuant, Schedule, train
 CONFIG = Int4Config(group_size=32, preset="light")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", [signround, omniquant])
 @pytest.mark.parametrize("products", ["fp32", "bf16"])  # either may be what the processor is good at
 def test_trained_roundings_beat_rounding(stage, products, monkeypatch):

@@ -252,7 +252,6 @@ for child in range(int(sys.argv[3]), int(sys.argv[4])):
 """
 
 
-@pytest.mark.slow
 def test_killed_at_a_hundred_points_the_folder_is_the_old_or_the_new(tmp_path):
     old = {**{f"model-{i}.safetensors": "old" for i in range(9)}, "tokenizer.json": "t"}
     new = {**{f"model-{i}.safetensors": "new" for i in range(8)}, "tokenizer.json": "t"}
