@@ -8,12 +8,58 @@
 namespace torch_int4 {
 namespace {
 
-// Copies elements between [out_features][groups] and [panels][groups][16].
+// move(index in [out_features][groups], index in [panels][groups][16]) of the parameters of panels [first, last); the
+// first is -1 in rows beyond the weight.
 template <class Move>
-void each_parameter(const PackedWeight& shape, Move move) {
-  for (int64_t n = 0; n < shape.out_features; ++n) {
+void each_parameter(const PackedWeight& shape, int64_t first, int64_t last, Move move) {
+  for (int64_t panel = first; panel < last; ++panel) {
     for (int64_t g = 0; g < shape.groups; ++g) {
-      move(n * shape.groups + g, (n / kPanelRows * shape.groups + g) * kPanelRows + n % kPanelRows);
+      for (int row = 0; row < kPanelRows; ++row) {
+        const int64_t n = panel * kPanelRows + row;
+        move(n < shape.out_features ? n * shape.groups + g : -1, (panel * shape.groups + g) * kPanelRows + row);
+      }
+    }
+  }
+}
+
+// body(a value of as many bytes), for elements whose type does not matter.
+template <class Body>
+void with_width(int bytes, Body body) {
+  if (bytes == 1) return body(uint8_t(0));
+  if (bytes == 2) return body(uint16_t(0));
+  body(uint32_t(0));
+}
+
+// The codes of one row in a line: every four inputs are one word (place_of), shifted by what lies before them.
+template <class Type>
+uint32_t pack_word(Type type, const uint8_t* codes) {
+  uint32_t word = 0;
+  for (int i = 0; i < line_inputs(type); i += 4) {
+    uint32_t four;
+    memcpy(&four, codes + i, sizeof four);
+    word |= four << (i / 4 * code_bits(type));
+  }
+  return word;
+}
+
+template <class Type>
+void unpack_word(Type type, uint32_t word, uint8_t* codes) {
+  for (int i = 0; i < line_inputs(type); i += 4) {
+    const uint32_t four = word >> (i / 4 * code_bits(type)) & (code_mask(type) * 0x01010101u);
+    memcpy(codes + i, &four, sizeof four);
+  }
+}
+
+// move(row, its codes, the first byte of its words) of every row and slab of panels [first, last). Slabs come before
+// rows: rows of a power of two bytes lie on one set of the first cache, which holds fewer of them than a panel has.
+template <class Type, class Move>
+void each_slab(Type type, const PackedWeight& shape, int64_t first, int64_t last, Move move) {
+  for (int64_t panel = first; panel < last; ++panel) {
+    const int64_t base = panel * shape.panel_bytes();
+    for (int64_t slab = 0; slab * slab_bytes(type) < shape.panel_bytes(); ++slab) {
+      for (int row = 0; row < kPanelRows; ++row) {
+        move(panel * kPanelRows + row, slab * kSlab, base + slab * slab_bytes(type) + row * int64_t(sizeof(uint32_t)));
+      }
     }
   }
 }
@@ -21,40 +67,59 @@ void each_parameter(const PackedWeight& shape, Move move) {
 }  // namespace
 
 void pack_codes(const uint8_t* codes, const PackedWeight& shape, int64_t first, int64_t last, uint8_t* packed) {
-  memset(packed + first * shape.panel_bytes(), 0, size_t((last - first) * shape.panel_bytes()));
   with_type(shape.type, [&](auto type) {
-    for (int64_t n = first * kPanelRows; n < smaller(last * kPanelRows, shape.out_features); ++n) {
-      uint8_t* panel = packed + n / kPanelRows * shape.panel_bytes();
-      for (int64_t k = 0; k < shape.in_features; ++k) {
-        const Place at = place_of(type, int(n % kPanelRows), k);
-        panel[at.byte] |= uint8_t(codes[n * shape.in_features + k] << at.shift);
+    each_slab(type, shape, first, last, [&](int64_t n, int64_t k, int64_t byte) {
+      uint8_t copied[kSlab] = {};
+      const uint8_t* from = copied;
+      const int64_t there = n < shape.out_features ? smaller(kSlab, shape.in_features - k) : 0;
+      if (there == kSlab) {
+        from = codes + n * shape.in_features + k;
+      } else if (there > 0) {
+        memcpy(copied, codes + n * shape.in_features + k, size_t(there));
       }
-    }
+      for (int i = 0; i < kSlab; i += line_inputs(type), byte += kLineBytes) {
+        const uint32_t word = pack_word(type, from + i);
+        memcpy(packed + byte, &word, sizeof word);
+      }
+    });
   });
 }
 
 void unpack_codes(const PackedWeight& w, int64_t first, int64_t last, uint8_t* codes) {
   with_type(w.type, [&](auto type) {
-    for (int64_t n = first * kPanelRows; n < smaller(last * kPanelRows, w.out_features); ++n) {
-      const uint8_t* panel = w.codes + n / kPanelRows * w.panel_bytes();
-      for (int64_t k = 0; k < w.in_features; ++k) {
-        const Place at = place_of(type, int(n % kPanelRows), k);
-        codes[n * w.in_features + k] = uint8_t((panel[at.byte] >> at.shift) & code_mask(type));
+    each_slab(type, w, first, last, [&](int64_t n, int64_t k, int64_t byte) {
+      const int64_t there = n < w.out_features ? smaller(kSlab, w.in_features - k) : 0;
+      if (there <= 0) return;
+      uint8_t copied[kSlab];
+      uint8_t* to = there == kSlab ? codes + n * w.in_features + k : copied;
+      for (int i = 0; i < kSlab; i += line_inputs(type), byte += kLineBytes) {
+        uint32_t word;
+        memcpy(&word, w.codes + byte, sizeof word);
+        unpack_word(type, word, to + i);
       }
-    }
+      if (to == copied) memcpy(codes + n * w.in_features + k, copied, size_t(there));
+    });
   });
 }
 
-void pack_parameters(const void* values, int bytes, const PackedWeight& shape, void* packed) {
-  memset(packed, 0, size_t(shape.panels() * shape.groups * kPanelRows * bytes));
-  each_parameter(shape, [&](int64_t from, int64_t to) {
-    memcpy(static_cast<char*>(packed) + to * bytes, static_cast<const char*>(values) + from * bytes, size_t(bytes));
+void pack_parameters(const void* values, int bytes, const PackedWeight& shape, int64_t first, int64_t last,
+                     void* packed) {
+  with_width(bytes, [&](auto zero) {
+    const auto* from = static_cast<const decltype(zero)*>(values);
+    auto* to = static_cast<decltype(zero)*>(packed);
+    each_parameter(shape, first, last,
+                   [&](int64_t plain, int64_t place) { to[place] = plain < 0 ? zero : from[plain]; });
   });
 }
 
-void unpack_parameters(const void* packed, int bytes, const PackedWeight& shape, void* values) {
-  each_parameter(shape, [&](int64_t to, int64_t from) {
-    memcpy(static_cast<char*>(values) + to * bytes, static_cast<const char*>(packed) + from * bytes, size_t(bytes));
+void unpack_parameters(const void* packed, int bytes, const PackedWeight& shape, int64_t first, int64_t last,
+                       void* values) {
+  with_width(bytes, [&](auto zero) {
+    const auto* from = static_cast<const decltype(zero)*>(packed);
+    auto* to = static_cast<decltype(zero)*>(values);
+    each_parameter(shape, first, last, [&](int64_t plain, int64_t place) {
+      if (plain >= 0) to[plain] = from[place];
+    });
   });
 }
 

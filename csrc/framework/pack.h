@@ -8,9 +8,12 @@ namespace torch_int4 {
 void pack_codes(const uint8_t* codes, const PackedWeight& shape, int64_t first, int64_t last, uint8_t* packed);
 void unpack_codes(const PackedWeight& w, int64_t first, int64_t last, uint8_t* codes);
 
-// One value per row and group, [out_features][groups] <-> [panels][groups][16]; T is 1, 2 or 4 bytes wide.
-void pack_parameters(const void* values, int bytes, const PackedWeight& shape, void* packed);
-void unpack_parameters(const void* packed, int bytes, const PackedWeight& shape, void* values);
+// The parameters of panels [first, last), one per row and group, of 1, 2 or 4 bytes: [out_features][groups] <->
+// [panels][groups][16]. Those of rows beyond the weight become zero.
+void pack_parameters(const void* values, int bytes, const PackedWeight& shape, int64_t first, int64_t last,
+                     void* packed);
+void unpack_parameters(const void* packed, int bytes, const PackedWeight& shape, int64_t first, int64_t last,
+                       void* values);
 
 // Output rows [first * 16, last * 16) as floats, w = fma(code - zero, scale, offset); perm scatters the inputs back.
 void dequantize(const PackedWeight& w, int64_t first, int64_t last, const int64_t* perm, DType dtype, void* target);

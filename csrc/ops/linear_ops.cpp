@@ -55,7 +55,11 @@ void fill_panels(const Tensor& codes, const PackedWeight& shape, Tensor& packed)
 }
 
 void fill_stream(const Tensor& values, const PackedWeight& shape, Tensor& stream) {
-  pack_parameters(values.const_data_ptr(), int(values.element_size()), shape, stream.mutable_data_ptr());
+  const void* data = values.const_data_ptr();
+  void* target = stream.mutable_data_ptr();
+  torch::stable::parallel_for(0, shape.panels(), 1, [&](int64_t begin, int64_t end) {
+    pack_parameters(data, int(values.element_size()), shape, begin, end, target);
+  });
 }
 
 Packed pack(const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros, const OptionalTensor& offsets,
@@ -98,7 +102,11 @@ Packed unpack(const WeightTensors& given, int64_t out_features, int64_t in_featu
                               [&](int64_t begin, int64_t end) { unpack_codes(w, begin, end, target); });
   const auto unpack_stream = [&](const Tensor& stream) {
     Tensor values = torch::stable::new_empty(stream, {out_features, w.groups});
-    unpack_parameters(stream.const_data_ptr(), int(stream.element_size()), w, values.mutable_data_ptr());
+    const void* data = stream.const_data_ptr();
+    void* to = values.mutable_data_ptr();
+    torch::stable::parallel_for(0, w.panels(), 4, [&](int64_t begin, int64_t end) {
+      unpack_parameters(data, int(stream.element_size()), w, begin, end, to);
+    });
     return values;
   };
   Tensor offsets = given.offsets ? unpack_stream(*given.offsets) : torch::stable::new_empty(given.scales, {0});
