@@ -1,4 +1,4 @@
-"""Which tests `make test-fast` leaves out: the functions that took longest, of all that a run has measured.
+"""The tests that `make test-fast` leaves out: the functions that took longest, of all that a run has measured.
 
 Every run notes the seconds of each test function, its parameters together, in pytest's cache. `--write-slow` chooses by
 all notes: the quickest functions stay as long as they take SECONDS together, the others go to `tests/slow_tests.txt`.

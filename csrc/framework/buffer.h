@@ -9,7 +9,7 @@
 
 namespace torch_int4 {
 
-constexpr size_t kKeptBytes = size_t(32) << 20;  // what a thread keeps of one buffer between calls, at most
+constexpr size_t kKeptBytes = size_t(32) << 20;  // most that a thread keeps of one buffer between calls
 
 // Memory that a thread keeps between calls, cache-line aligned; given back when it is unusually large.
 class Buffer {

@@ -20,8 +20,8 @@ Codebook make(const float (&values)[16], float step) {
 
 }  // namespace
 
-// NormalFloat4 of QLoRA (arXiv 2305.14314, appendix E): quantiles of the normal distribution, scaled to [-1, 1]. In int8
-// they are off by at most 0.4 % of the largest; compute="fp32" and "bf16" use them as they are.
+// NormalFloat4 of QLoRA (arXiv 2305.14314, appendix E): quantiles of the normal distribution, scaled to [-1, 1]. In
+// int8 they are off by at most 0.4 % of the largest; compute="fp32" and "bf16" use them as they are.
 const Codebook kNf4 = make(
     {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
      -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
@@ -32,8 +32,8 @@ const Codebook kNf4 = make(
 const Codebook kFp4 =
     make({0.f, 0.5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f, -0.f, -0.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f}, 0.5f);
 
-// The FP4 of bitsandbytes: multiples of 1/192, which bytes cannot hold. In steps of 1/96 only the smallest value is off,
-// by 0.5 % of the largest; compute="fp32" and "bf16" use all as they are.
+// The FP4 of bitsandbytes: multiples of 1/192, which bytes cannot hold. In steps of 1/96 only the smallest value is
+// off, by 0.5 % of the largest; compute="fp32" and "bf16" use all as they are.
 const Codebook kBnbFp4 = make({0.f, 1.f / 192, 2.f / 3, 1.f, 1.f / 3, 1.f / 2, 1.f / 6, 1.f / 4,  //
                                -0.f, -1.f / 192, -2.f / 3, -1.f, -1.f / 3, -1.f / 2, -1.f / 6, -1.f / 4},
                               1.f / 96);

@@ -5,7 +5,7 @@
 namespace torch_int4 {
 namespace {
 
-// Where the steps of a layer leave their results, all of the type of x.
+// The results of the steps of a layer, all of the type of x.
 struct Workspace {
   char *projected, *rotated, *attended, *middle;
 };
@@ -31,7 +31,7 @@ void project(const DecoderLayer& l, char* target, ParallelFor parallel) {
   linear(l.weights, outputs, l.projections, l.x, l.compute, parallel);
 }
 
-// Query, key and value inside what was projected.
+// Query, key and value inside the projected row.
 void view_projected(DecoderLayer& l, const char* data) {
   RotaryAppend& r = l.rotary;
   const int64_t bytes = element_bytes(l.x.dtype), dim = r.query.dim;

@@ -12,8 +12,8 @@ struct Input {
   DType dtype;
   int64_t rows;
   const int64_t* perm;  // input k of the weight is input perm[k] of x; or null
-  // What becomes of a row first: it is normalized, or it goes through the activation, or it is multiplied with the
-  // activation of a row of `gate`; or nothing.
+  // A row may first be normalized, or go through the activation, or be multiplied with the activation of a row of
+  // `gate`.
   const RowNorm* norm = nullptr;
   const Activation* activation = nullptr;
   const void* gate = nullptr;  // alike data

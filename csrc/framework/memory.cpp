@@ -25,7 +25,7 @@ void advise_huge_pages(void* data, size_t bytes) {
   if (bytes < kWorthwhile || !wanted()) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
-  // What the allocator hands out may be reused memory in small pages; its contents are nobody's, so let them go first.
+  // The allocator may hand out reused memory in small pages; its contents are nobody's, so they are dropped first.
   // Neighbouring blocks are one mapping for the kernel, so a huge page may span two weights. Failure costs speed only.
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);

@@ -1,4 +1,4 @@
-// What the framework of attention and its kernels agree on. Included by kernels: no ATen, no STL.
+// The contract between the framework of attention and its kernels. Included by kernels: no ATen, no STL.
 //
 // Arithmetic: score = softcap(query . key * scale) + mask + slope * key index in float; the softmax is kept as
 // (largest score, sum of exponentials, weighted sum of values), so that spans of keys can be merged. A key that a row

@@ -1,6 +1,6 @@
-// AVX2 + FMA + F16C. Int4 weights stay unsigned (0..15) and activations signed: one maddubs pair is at most
-// 2 * 15 * 127 = 3810, so eight of them add up exactly in int16 and one madd serves 32 inputs. Codes of 8 bits are taken
-// less 128, and their signs moved to the activations: a pair is at most 2 * 128 * 127 = 32512.
+// AVX2 + FMA + F16C. Int4 weights stay unsigned (0..15) and activations signed: one maddubs pair is at most 2 * 15 *
+// 127 = 3810, so eight of them add up exactly in int16 and one madd serves 32 inputs. Codes of 8 bits are taken less
+// 128, and their signs moved to the activations: a pair is at most 2 * 128 * 127 = 32512.
 
 #include "kernels/attention_kernel.h"
 #include "kernels/kernel.h"

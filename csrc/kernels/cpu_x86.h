@@ -1,6 +1,6 @@
-// What kernel files ask of an x86-64 processor and of Linux; framework/cpu_x86.cpp answers. A kernel file names flags
-// of its own instructions, as the manuals do, so that a new one needs no line here. Included outside of target regions:
-// every processor runs the questions.
+// The questions of kernel files to an x86-64 processor and to Linux; framework/cpu_x86.cpp answers. A kernel file names
+// flags of its own instructions, as the manuals do, so that a new one needs no line here. Included outside of target
+// regions: every processor runs the questions.
 #pragma once
 #include <stdint.h>
 
@@ -25,7 +25,7 @@ constexpr uint64_t kYmm = 0x6, kZmm = 0xe6, kTiles = 0x60000;
 bool request(int component);
 constexpr int kTileData = 18;
 
-// What several kernel sets start from.
+// Features that several kernel sets build on.
 namespace {
 
 inline bool has_avx2() {

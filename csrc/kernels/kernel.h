@@ -1,4 +1,4 @@
-// What the framework and the kernels agree on: plain structs, raw pointers, one table of functions per ISA.
+// The contract between the framework and the kernels: plain structs, raw pointers, one table of functions per ISA.
 //
 // Layout "P16" of a packed weight. A panel is 16 output rows. A line is 64 bytes, 4 per row:
 //   int4  one line holds 16 rows x 8 inputs: byte 4*row+j has input j in its low and input j+4 in its high nibble
@@ -55,8 +55,8 @@ struct PackedWeight {
   int64_t blocks_per_group() const { return (group + block - 1) / block; }
 };
 
-// Rows of x as int8, [slabs][rows][32] within +-127, with the scale of each block, the sum of its codes, and their product, which
-// every panel with float offsets needs; all three [blocks][rows].
+// Rows of x as int8, [slabs][rows][32] within +-127, with the scale of each block, the sum of its codes, and their
+// product, which every panel with float offsets needs; all three [blocks][rows].
 struct QuantizedRows {
   int8_t* codes;
   float* scales;

@@ -1,5 +1,5 @@
-// What a kernel set's instructions can do at most: loops that the bench measures beside the operators, and holds them
-// against. Included by kernels: no ATen, no STL.
+// The limits of a kernel set's instructions: loops that the bench measures beside the operators and compares them with.
+// Included by kernels: no ATen, no STL.
 #pragma once
 #include <stdint.h>
 
@@ -12,9 +12,9 @@ struct Probe {
 };
 
 struct Probes {
-  // What bounds products of 4-bit weights in int8, in bfloat16, and in float; a loop without a name bounds none.
+  // The bounds of products of 4-bit weights in int8, in bfloat16, and in float; a loop without a name bounds none.
   Probe int8, bf16, fp32;
-  // What else is worth knowing, up to the first without a name. The lowest vector set of an architecture has "issue":
+  // Other loops worth measuring, up to the first without a name. The lowest vector set of an architecture has "issue":
   // instructions that need no unit, whose rate halves on a core that another thread shares.
   Probe others[4];
   // Reads [p, p + bytes) as `streams` sequences far apart, `prefetch` bytes ahead (0: not at all); bytes is a multiple

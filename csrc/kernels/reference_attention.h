@@ -35,7 +35,7 @@ float cache_element(CacheType type, const void* data, int64_t i) {
                       i);
 }
 
-// What the mask adds to the score of a key; the lowest number of its type means never.
+// The number that the mask adds to the score of a key; the lowest number of its type hides the key.
 float mask_bias(const AttentionRow& row, MaskType type, int64_t key) {
   if (type == MaskType::kNone) return 0;
   if (type == MaskType::kBool) return static_cast<const uint8_t*>(row.mask)[key] ? 0 : -INFINITY;
@@ -54,7 +54,7 @@ float score(const AttentionTile& t, int r, int64_t key) {
   return s + t.row[r].slope * float(key);
 }
 
-// Keys one by one; a key above the largest score so far shrinks what was added before.
+// Keys one by one; a key above the largest score so far shrinks the sums before it.
 void attend(const AttentionTile& t) {
   for (int r = 0; r < t.rows; ++r) {
     const AttentionRow& row = t.row[r];

@@ -62,7 +62,7 @@ inline float round_to(DType dtype, float x) {
   return dtype == DType::kF32 ? x : dtype == DType::kF16 ? from_half(to_half(x)) : from_bfloat16(to_bfloat16(x));
 }
 
-// An element of the output, after the residual was added to what it is rounded to.
+// An element of the output: the rounded value, with the residual added.
 inline void store_output(const Output& out, int64_t i, float y) {
   if (out.residual) y = load_element(out.residual, out.dtype, i) + round_to(out.dtype, y);
   store_element(out.data, out.dtype, i, y);

@@ -1,5 +1,5 @@
-// What kernels know of a weight's type, and what follows from it: one row per type that loops exist for. The names by
-// which users choose, several of which may share loops, are in framework/types.h.
+// The facts that kernels know of a weight's type: one row per type that loops exist for. The names by which users
+// choose, several of which may share loops, are in framework/types.h.
 #pragma once
 #include <stdint.h>
 
@@ -13,7 +13,7 @@ enum class WeightType : int { kInt4, kInt8, kBook };
 
 struct TypeFacts {
   int bits;        // of a code, which is unsigned
-  int value_bits;  // of the unsigned number that products take for it: the code itself, or what a code book holds
+  int value_bits;  // of the unsigned number that products take for it: the code itself, or a value of a code book
 };
 
 // In the order of WeightType.
@@ -30,7 +30,7 @@ constexpr int zero_point(WeightType type) { return 1 << (kTypeFacts[int(type)].v
 constexpr int line_inputs(WeightType type) { return kLineBytes / kPanelRows * 8 / code_bits(type); }
 constexpr int slab_bytes(WeightType type) { return kSlab / line_inputs(type) * kLineBytes; }
 
-// Where the code of one input of a row lies in a panel: its byte, and the shift inside it.
+// The place of the code of one input of a row in a panel: its byte, and the shift inside it.
 struct Place {
   int64_t byte;
   int shift;

@@ -18,7 +18,7 @@ CacheType cache_type(const Tensor& t, const char* name);
 HeadsView view_heads(const Tensor& t, const char* name);
 KeysView view_keys(const Tensor& t, const char* name, const OptionalTensor& scales, const char* scales_name);
 
-// How many of `keys` keys are valid: what the tensor `length` says, or all.
+// The number of valid keys among `keys`: the value of the tensor `length`, or all.
 int64_t valid_keys(const OptionalTensor& length, int64_t keys);
 
 // These fill in their part of `a`, whose batch, tokens, query and length are there already.

@@ -78,7 +78,7 @@ struct LayerCall {
   std::exception_ptr error;
 };
 
-// What prepared layers are called with, and the call of each of them.
+// The arguments of a call of prepared layers, and each layer's own call.
 struct Stack {
   Tensor x;  // contiguous
   const std::vector<int64_t>& layers;
@@ -111,9 +111,9 @@ void view_layers(void* context, int64_t begin, int64_t end) {
   }
 }
 
-// One prepared layer after the other, each on what the one before gave, with caches of their own. All are viewed before
-// the first one runs: nothing has changed if an argument is wrong, and threads share what is mostly waiting for memory,
-// as the weights of a token push the tensors that describe them out of the caches.
+// One prepared layer after the other, each on the output of the one before, with caches of their own. All are viewed
+// before the first one runs: nothing has changed if an argument is wrong, and threads share work that mostly waits for
+// memory, as the weights of a token push the tensors that describe them out of the caches.
 Tensor prepared_op(const Tensor& x, std::vector<int64_t> layers, const OptionalTensor& cos, const OptionalTensor& sin,
                    std::vector<Tensor> key_caches, std::vector<Tensor> value_caches,
                    std::vector<OptionalTensor> key_scales, std::vector<OptionalTensor> value_scales,

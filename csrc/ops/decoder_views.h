@@ -6,7 +6,7 @@
 
 namespace torch_int4 {
 
-// Where a tensor was in its storage, and how large both were.
+// A tensor's place in its storage when it was prepared, and the size of both.
 struct Extent {
   int64_t offset, count, stored;  // elements, elements, bytes
 };
@@ -15,8 +15,9 @@ struct LinearExtents {
   Extent codes, scales, offsets;
 };
 
-// What stays the same from call to call, checked, with the tensors that it views. Norms, biases and permutations are
-// checked at each call: they may have been written to. So is whether the other tensors still have their memory.
+// The part of a layer that stays the same from call to call, checked, with the tensors that it views. Norms, biases and
+// permutations are checked at each call: they may have been written to. Each call also checks that the other tensors
+// still have their memory.
 struct PreparedLayer {
   LayerTensors tensors;
   LayerOptions options;
@@ -24,7 +25,7 @@ struct PreparedLayer {
   LinearExtents extents[kMaxLinears];
 };
 
-// What a call brings besides x.
+// The arguments of one call, besides x.
 struct LayerState {
   const OptionalTensor &cos, &sin;
   Caches caches;

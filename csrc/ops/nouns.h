@@ -9,7 +9,7 @@
 
 namespace torch_int4 {
 
-// What an operator was called with, in the order of its schema.
+// The arguments of an operator's call, in the order of its schema.
 class Arguments {
  public:
   explicit Arguments(StableIValue* stack) : next_(stack) {}

@@ -1,5 +1,5 @@
-// What this processor can do at most: the operators by which the bench measures the probes of kernel sets, in the same
-// run as the operators they bound. Every probe runs once on each thread of torch's pool.
+// The processor's limits: operators by which the bench measures the probes of kernel sets, in the same run as the
+// operators that they bound. Every probe runs once on each thread of torch's pool.
 #include <string.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -31,7 +31,7 @@ PyObject* entries_are(PyObject*, PyObject* arguments) {
   Py_RETURN_TRUE;
 }
 
-// One list, as what is slow is memory: a dict, its keys and values, the next dict, and so on.
+// One list, because memory is the slow part: a dict, its keys and values, the next dict, and so on.
 PyObject* contents_are(PyObject*, PyObject* arguments) {
   PyObject* list;
   if (!PyArg_ParseTuple(arguments, "O:contents_are", &list)) return nullptr;

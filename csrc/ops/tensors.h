@@ -1,4 +1,4 @@
-// What every file of operators needs: threads for the framework, and checks of tensors.
+// Shared by every file of operators: threads for the framework, and checks of tensors.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -36,7 +36,7 @@ inline Tensor make_contiguous(const Tensor& t, const char* name = "x") {
 
 Input view_input(const Tensor& contiguous, int64_t in_features, const OptionalTensor& perm);
 
-// One or more weights applied to the same x, which may be normalized first; `residual` is added to what comes out.
+// One or more weights applied to the same x, which may be normalized first; `residual` is added to the result.
 std::vector<Tensor> apply(const Tensor& x, const std::vector<PackedWeight>& weights,
                           const std::vector<OptionalTensor>& biases, const OptionalTensor& perm,
                           const std::string& compute, std::optional<ScalarType> out_dtype,

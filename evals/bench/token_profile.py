@@ -1,4 +1,4 @@
-"""Where the time of one generated token goes: our operators, torch's, Python around them, and generate's own loop."""
+"""The time of one generated token by its parts: our operators, torch's, Python around them, and generate's own loop."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What int4 brings: tokens per second of `generate`, bytes of weights, and the time and memory of loading."""
+"""The gains of int4: tokens per second of `generate`, bytes of weights, and the time and memory of loading."""

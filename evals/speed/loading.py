@@ -1,4 +1,4 @@
-"""How much memory and time loading takes: a random checkpoint of a given shape, and a measured load of it.
+"""Memory and time of loading: a random checkpoint of a given shape, and a measured load of it.
 
 Peak memory is that of a process of its own (code, libraries and mapped pages included).
 """

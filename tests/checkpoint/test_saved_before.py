@@ -1,4 +1,4 @@
-"""What version 0.1.0 saved, before its files moved into rooms, still loads and holds the same bits."""
+"""Files that version 0.1.0 saved, before its modules moved into rooms, still load and hold the same bits."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What every file of torch_int4/formats promises; they are discovered, none is listed."""
+"""The promises of every file of torch_int4/formats; the files are discovered, none is listed."""
 
 import pytest
 import torch

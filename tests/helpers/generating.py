@@ -1,4 +1,4 @@
-"""What the tests of `generate` share: pairs of models, and what makes two outputs the same."""
+"""Shared by the tests of `generate`: pairs of models, and the comparison of two outputs."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""What an operator must return, in float64, from the same quantized operands."""
+"""The right results of operators, in float64, from the same quantized operands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What models and linears held and answered when an earlier version saved them; tests/data/saved_before keeps it.
+"""Contents and answers of models and linears when an earlier version saved them; tests/data/saved_before keeps them.
 
 That folder was written by torch_int4 0.1.0, before its files moved into rooms, with
 `python tests/helpers/saved_before.py FOLDER`. Only public names are used here, so that any version can write such a

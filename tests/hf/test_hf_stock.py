@@ -1,4 +1,4 @@
-"""What `save_pretrained` writes, read by transformers and compressed-tensors alone, in a process without torch_int4."""
+"""Files of `save_pretrained`, read by transformers and compressed-tensors alone, in a process without torch_int4."""
 
 import subprocess
 import sys

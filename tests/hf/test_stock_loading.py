@@ -1,4 +1,4 @@
-"""What `save_pretrained` of a patched model writes, loaded by transformers and compressed-tensors without us."""
+"""Files of `save_pretrained` of a patched model, loaded by transformers and compressed-tensors without us."""
 
 import importlib.util
 import subprocess

@@ -1,4 +1,4 @@
-"""What each room of csrc/ may contain, read from its sources: no torch below ops/, no intrinsics in shared loops."""
+"""The permitted contents of each room of csrc/, read from its sources: no torch below ops/, no intrinsics in loops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the attention operators do not serve runs in the stock modules: gradients, training, recorded weights."""
+"""Calls that the attention operators do not serve run in the stock modules: gradients, training, recorded weights."""
 
 import pytest
 import torch

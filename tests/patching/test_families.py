@@ -1,4 +1,4 @@
-"""What family files say of their models, checked on tiny ones."""
+"""The statements of family files about their models, checked on tiny ones."""
 
 import copy
 import dataclasses

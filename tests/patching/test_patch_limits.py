@@ -1,4 +1,4 @@
-"""What `patch` leaves in float, refuses, carries over and frees."""
+"""Modules that `patch` leaves in float, refuses, carries over and frees."""
 
 import copy
 import gc

@@ -1,4 +1,4 @@
-"""What of a known family is not fused stays stock, and is said with the reason: in the report, and as a warning."""
+"""Layers of a known family that are not fused stay stock; the report and a warning give the reason."""
 
 import copy
 import dataclasses

@@ -1,4 +1,4 @@
-"""What is read from the source of a `forward`: fingerprints, the cache argument, arguments that somebody reads."""
+"""Facts read from the source of a `forward`: fingerprints, the cache argument, arguments that somebody reads."""
 
 import functools
 

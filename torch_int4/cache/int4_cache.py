@@ -32,7 +32,7 @@ class Int4CacheLayer(KVStorage):
             raise Int4Error(f"max_length of the KV cache must be at least 1 token; got {max_length}")
         super().__init__(dtype, max_length, capacity)
 
-    # What fused attention calls
+    # Called by fused attention
 
     def append(
         self,
@@ -117,7 +117,7 @@ class Int4CacheLayer(KVStorage):
         """Whether keys with this many heads can be appended."""
         return self.keys is None or self.keys.shape[1] == kv_heads
 
-    # What transformers calls
+    # Called by transformers
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates for states `[batch, kv heads, any, head size]`."""

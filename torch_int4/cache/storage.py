@@ -1,4 +1,4 @@
-"""Where a layer of the KV cache keeps its tensors: allocated ahead, grown by blocks, rows selected, read back."""
+"""The tensors of a layer of the KV cache: allocated ahead, grown by blocks, rows selected, read back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of a family's facts about scales hold in a block: random scales that cancel must not change its output."""
+"""A check of a family's facts about scales in a block: random scales that cancel must not change its output."""
 
 from __future__ import annotations
 

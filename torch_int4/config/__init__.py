@@ -1,4 +1,4 @@
-"""How a model is quantized and run: `Int4Config` = `WeightOptions` + `RunOptions`."""
+"""Settings by which a model is quantized and run: `Int4Config` = `WeightOptions` + `RunOptions`."""
 
 from torch_int4.config.int4_config import Int4Config
 from torch_int4.config.run_options import (

@@ -1,4 +1,4 @@
-"""How fields of a config are checked: every message names the field and the values that are accepted."""
+"""Checks of the fields of a config: every message names the field and the values that are accepted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a model is quantized and run: one frozen dataclass, checked when it is made."""
+"""Settings by which a model is quantized and run: one frozen dataclass, checked when it is made."""
 
 from __future__ import annotations
 

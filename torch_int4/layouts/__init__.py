@@ -1,1 +1,1 @@
-"""What attention modules, decoder layers and families of models look like: types of data, which hold no arithmetic."""
+"""Shapes of attention modules, decoder layers and families of models: types of data, which hold no arithmetic."""

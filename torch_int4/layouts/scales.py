@@ -1,4 +1,4 @@
-"""Which scales may move between a module and the linears that read its output: data."""
+"""Scales that may move between a module and the linears that read its output: data."""
 
 from __future__ import annotations
 

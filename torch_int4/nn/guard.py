@@ -1,4 +1,4 @@
-"""Whether modules are still what they were when a layer was looked at: asked for every token, so in few long lists."""
+"""The check that modules are as they were when a layer was prepared: made for every token, so in few long lists."""
 
 from __future__ import annotations
 

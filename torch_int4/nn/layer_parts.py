@@ -1,4 +1,4 @@
-"""Which decoder layers the operators can run, as they are now: modules, hooks, types and settings."""
+"""The decoder layers that operators can run, as they are now: modules, hooks, types and settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which linears and embeddings can be replaced, which stay, and every refusal."""
+"""The linears and embeddings that can be replaced, those that stay, and every refusal."""
 
 from __future__ import annotations
 

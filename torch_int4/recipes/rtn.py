@@ -2,7 +2,17 @@
 
 The grid of a group, where `extreme` is the signed weight of largest magnitude:
 
-    ===============  ===============  ===============================================================
+    ===================  =======================  =====================
+    grid                 scale                    zero point or offset
+    ===================  =======================  =====================
+    symmetric, 4 bits    -extreme / 8             8
+    symmetric, 8 bits    abs(extreme) / 127       128
+    integer zero point   (greatest - least) / 15  round(-least / scale)
+    float offset         (greatest - least) / 15  least
+    ===================  =======================  =====================
+
+With an integer zero point, zero is one of the weights between which least and greatest are found.
+
 Codes are computed with the scale and offset as they are stored (fp16 where it loses nothing that matters).
 Weights that already lie on such a grid, because they came out of a 4-bit file, are taken over exactly, also
 where a group uses only some of its 16 codes.

@@ -1,4 +1,4 @@
-"""How far long work is: one line on the standard error output with a count and the time left.
+"""Progress of long work: one line on the standard error output with a count and the time left.
 
 By default it is shown where that output is a terminal, so that logs and pipes stay clean.
 """

@@ -1,4 +1,4 @@
-"""How fast this machine's threads read memory together."""
+"""The rate at which this machine's threads read memory together."""
 
 from __future__ import annotations
 

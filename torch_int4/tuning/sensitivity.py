@@ -1,4 +1,4 @@
-"""How much damage each linear does when it alone is rounded to int4, and which ones to raise to int8."""
+"""The damage that each linear does when it alone is rounded to int4, and the choice of those to raise to int8."""
 
 from __future__ import annotations
 

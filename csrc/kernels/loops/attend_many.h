@@ -55,7 +55,7 @@ struct AttendMany : ManyOperands<V, C> {
     score_last<largest_power_of_two(M - 1)>(query, keys + k * kLanes, count - k, dim, scores + k * kRows);
   }
 
-  // Sums of K numbers of the value, for all rows of a group; `shrink` is what the sums before are worth now.
+  // Sums of K numbers of the value, for all rows of a group; `shrink` is the factor that the sums before it get.
   template <int K>
   static TI4_INLINE void value_tile(const float* weights, const float* values, int64_t count, int64_t value_dim,
                                     const F (&shrink)[P], float* sums) {

@@ -1,4 +1,5 @@
-// What the two kernels of attention share, and rotation and rounding of their operands, over the vectors V of loops/linear.h.
+// Shared by the two kernels of attention, and rotation and rounding of their operands; V are the vectors of
+// loops/linear.h.
 #pragma once
 #include "kernels/loops/linear.h"
 #include "kernels/loops/quantize.h"
@@ -114,7 +115,7 @@ inline DType mask_float(MaskType type) {
   return type == MaskType::kF32 ? DType::kF32 : type == MaskType::kBF16 ? DType::kBF16 : DType::kF16;
 }
 
-// What a stretch of a mask does to the keys under it.
+// The effect of a stretch of a mask on the keys under it.
 enum MaskEffect { kHidesAll = 0, kShowsSome = 1, kChangesNothing = 2 };
 
 // Keys [begin, begin + count) of a row of the mask as floats to add: -inf where the key is hidden, and that up to the

@@ -1,10 +1,10 @@
-// What the loops over int8 rows share: where products read weights, how blocks become floats, and where sums go.
+// Shared by the loops over int8 rows: where products read weights, how blocks become floats, and where sums go.
 #pragma once
 
 namespace torch_int4 {
 namespace {
 
-// Where an inner product reads its weights: packed lines, or what unpack() made of them in L1.
+// The place where an inner product reads its weights: packed lines, or the numbers that unpack() made of them in L1.
 enum class Source { kInt4Lines, kInt8Lines, kBookLines, kUnpacked4, kUnpacked8 };
 
 constexpr Source packed_source(WeightType type) {
@@ -67,8 +67,8 @@ TI4_INLINE void store_rows(const float* c, int rows, int64_t row, int64_t panel,
   }
 }
 
-// The same for many rows. Rows of outputs often lie multiples of 4 KiB apart, where the processor takes a load of sums for
-// one of an output that is still on its way to memory, and waits: so loads of several rows go before their stores.
+// The same for many rows. Rows of outputs often lie multiples of 4 KiB apart, where the processor takes a load of sums
+// for one of an output that is still on its way to memory, and waits: so loads of several rows go before their stores.
 template <class V>
 TI4_INLINE void store_tile(const float* c, int rows, int64_t row, int64_t panel, int64_t out_features,
                            const Output& output) {

@@ -51,9 +51,9 @@ struct Int8Loops : Int8Block<V, T, O> {
     if constexpr (V::kOneSlab) TI4_BARRIER();
   }
 
-  // One block of Q panels, of kSlabs slabs or, where that is 0, of `inputs`; their codes are left behind it. Panels that
-  // are read in turns, line by line, share each input's broadcast, keep as many reads under way, and none waits for its
-  // own last sum.
+  // One block of Q panels, of kSlabs slabs or, where that is 0, of `inputs`; their codes are left behind it. Panels
+  // that are read in turns, line by line, share each input's broadcast, keep as many reads under way, and none waits
+  // for its own last sum.
   template <int M, int kSlabs, int Q>
   static TI4_INLINE void direct_block(F (&acc)[Q][M], const uint8_t* (&codes)[Q], const PackedWeight& w,
                                       const QuantizedRows& a, const int8_t* x, int64_t inputs, int64_t i,

@@ -135,7 +135,7 @@ struct Avx2Vectors {
     }
   }
 
-  // What attention needs.
+  // For attention.
   static constexpr int kScoreRows = 1, kValueVectors = 4;  // register tiles of attend_few
   static constexpr int kTilePanels = 1, kTileKeys = 6;     // and of attend_many
   TI4_V F max(F a, F b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }  // b where either is NaN

@@ -73,7 +73,7 @@ struct Avx512Vectors {
     _mm256_storeu_si256(static_cast<__m256i*>(p), halves);
   }
 
-  // What attention needs.
+  // For attention.
   static constexpr int kScoreRows = 4, kValueVectors = 8;  // register tiles of attend_few
   static constexpr int kTilePanels = 2, kTileKeys = 8;     // and of attend_many
   TI4_V F max(F a, F b) { return _mm512_max_ps(a, b); }    // b where either is NaN
