@@ -24,8 +24,8 @@ namespace torch_int4 {
 namespace {
 
 struct Avx2 : Avx2Vectors, SignedPlanes {
-  static constexpr int kTileRows = 4, kDirectRows = 5, kDirectRows8 = 4, kDirectLimit = 12, kFloatRows = 6,
-                       kTurnSums = 4;
+  static constexpr int kTileRows = 4, kTileWidth = 1, kPassRows = 128, kDirectRows = 5, kDirectRows8 = 4,
+                       kDirectLimit = 12, kFloatRows = 6, kTurnSums = 4;
   static constexpr int kRowStreams = 4;
   static constexpr bool kOneSlab = true;
 

@@ -22,8 +22,8 @@ namespace torch_int4 {
 namespace {
 
 struct Avx512 : Avx512Vectors, SignedPlanes {
-  static constexpr int kTileRows = 8, kDirectRows = 4, kDirectRows8 = 4, kDirectLimit = 12, kFloatRows = 14,
-                       kTurnSums = 8;
+  static constexpr int kTileRows = 8, kTileWidth = 1, kPassRows = 128, kDirectRows = 4, kDirectRows8 = 4,
+                       kDirectLimit = 12, kFloatRows = 14, kTurnSums = 8;
   static constexpr int kRowStreams = kStreams;
   static constexpr bool kOneSlab = false;
 

@@ -23,8 +23,8 @@ namespace torch_int4 {
 namespace {
 
 struct AvxVnni : Avx2Vectors {
-  static constexpr int kTileRows = 4, kDirectRows = 2, kDirectRows8 = 2, kDirectLimit = 8, kFloatRows = 6,
-                       kTurnSums = 4;
+  static constexpr int kTileRows = 4, kTileWidth = 1, kPassRows = 128, kDirectRows = 2, kDirectRows8 = 2,
+                       kDirectLimit = 8, kFloatRows = 6, kTurnSums = 4;
   static constexpr int kRowStreams = kStreams, kCentre8 = 0;
   static constexpr bool kOneSlab = false;
 

@@ -38,6 +38,8 @@ FLAGS = ("-O3", "-g0", "-std=c++17", "-ffp-contract=off", "-fno-asynchronous-unw
 # In place of a kernel file's table: its own loops for int4 weights, each in a function that can be found by its name.
 _DRIVER = """
 using Loops = Int8Loops<{V}, WeightType::kInt4, Offset::kSymmetric>;
+using Tiles = TileLoops<{V}, WeightType::kInt4, Offset::kSymmetric>;
+using Block = Tiles::Weights<{V}::kTileWidth>;
 }}
 extern "C" {{
 #define TI4_ROWS(name, rows) extern const int ti4_rows_##name; const int ti4_rows_##name = rows;
@@ -45,13 +47,13 @@ TI4_ROWS(one, 1) TI4_ROWS(few, 4) TI4_ROWS(tile, {V}::kTileRows) TI4_ROWS(float,
 void ti4_one(const PackedWeight& w, const QuantizedRows& a, const Output& out) {{
   OneRow<{V}, WeightType::kInt4, Offset::kSymmetric>::panels<0, {V}::kRowStreams>(w, a, 0, 1, out);
 }}
-void ti4_few(const PackedWeight& w, const QuantizedRows& a, const Output& out, const uint8_t* codes, int64_t n,
-              const Loops::Group& g, float* c) {{
+void ti4_few(const PackedWeight& w, const QuantizedRows& a, const Output& out, const Block& block,
+              const Tiles::Sums& sums) {{
   if constexpr ({V}::kDirectRows >= 4) Loops::direct_panels<4, 1>(w, a, 0, 0, 0, out);
-  else Loops::tile<4>(codes, n, a, a.codes, 0, g, c);
+  else Tiles::tile<{V}::kTileWidth, 4>(block, a, a.codes, 0, sums);
 }}
-void ti4_tile(const uint8_t* codes, int64_t n, const QuantizedRows& a, const Loops::Group& g, float* c) {{
-  Loops::tile<{V}::kTileRows>(codes, n, a, a.codes, 0, g, c);
+void ti4_tile(const Block& block, const QuantizedRows& a, const Tiles::Sums& sums) {{
+  Tiles::tile<{V}::kTileWidth, {V}::kTileRows>(block, a, a.codes, 0, sums);
 }}
 void ti4_float(const float* weights, int64_t n, const float* x, int64_t step, float* c) {{
   FloatLoops<{V}, WeightType::kInt4>::tile<{V}::kFloatRows>(weights, n, x, step, c);

@@ -17,6 +17,7 @@ from native_programs import find_compiler
 from torch_int4 import _C
 
 PRODUCT = re.compile(r"vpmaddubsw|vpdpbusd|vfn?madd\d+ps|tdp")
+COPY = re.compile(r"vmov\w+ +%zmm\d+,%zmm")
 VECTOR_STACK = re.compile(r"\(%rsp.*%[xyz]mm|%[xyz]mm\d+,.*\(%rsp")
 
 
@@ -61,7 +62,7 @@ def inner_loops(body: list[tuple[int, str]]) -> Iterator[list[str]]:
 def test_inner_loops_keep_their_accumulators_in_registers(listing: str) -> None:
     tiles: Counter[str] = Counter()
     for name, body in functions(listing):
-        vectors = re.search(r"(?:Int8Loops|FloatLoops|OneRow)<.*?(\w+), ", name)
+        vectors = re.search(r"(?:Int8Loops|TileLoops|FloatLoops|OneRow)<.*?(\w+), ", name)
         if vectors is None:
             continue
         for loop in inner_loops(body):
@@ -76,6 +77,21 @@ def test_inner_loops_keep_their_accumulators_in_registers(listing: str) -> None:
             assert traffic <= most, f"{name}: {traffic} stack accesses for {products} products"
     assert {"Avx2", "AvxVnni", "Avx512", "Avx512Vnni"} <= tiles.keys()
     assert all(count >= 3 for count in tiles.values()), tiles
+
+
+def test_tiles_of_several_panels_copy_few_sums(listing: str) -> None:
+    tiles = 0
+    for name, body in functions(listing):
+        if not re.search(r"TileLoops<.*?Avx512Vnni, ", name):
+            continue
+        for loop in inner_loops(body):
+            products = sum(bool(PRODUCT.search(text)) for text in loop)
+            if products < 192:  # 4 panels, 6 rows and 32 inputs
+                continue
+            tiles += 1
+            copies = sum(bool(COPY.match(text)) for text in loop)
+            assert copies <= products // 8, f"{name}: {copies} copies for {products} products"
+    assert tiles >= 7  # each type of weight, and each kind of offset that it has
 
 
 ATTENTION = re.compile(r"(?:Attend\w+|loops_attend_\w+)<.*?(\w+)[,>]")

@@ -140,6 +140,12 @@ struct Int8Block {
     return acc;
   }
 
+  // Panels are read in pieces of 1 KiB and less, too short for the processor to look ahead by itself.
+  static TI4_INLINE void prefetch_slab(const uint8_t* codes) {
+    constexpr int kAhead = 1024;
+    for (int i = 0; i < slab_bytes(T); i += kLineBytes) __builtin_prefetch(codes + kAhead + i);
+  }
+
   // Of P panels, how many are read in turns, line by line, for M rows.
   template <int M, int P>
   static constexpr int turns() {

@@ -3,7 +3,9 @@
 //
 // V supplies: F and I (16 floats, 16 int32) with load/store/arithmetic; dot32<Source, P, M>, the inner products of 32
 // inputs of P panels with M rows; unpack<WeightType> and unpacked_bytes<WeightType> (0: tiles read the packed lines);
-// kTileRows, kDirectRows, kDirectRows8 (of 8-bit codes), kFloatRows (rows of the register tiles);
+// kTileRows, kDirectRows, kDirectRows8 (of 8-bit codes), kFloatRows (rows of the register tiles); kTileWidth (panels of
+// a tile of many rows, which share the load of an input: a power of two); kPassRows (a multiple of kTileRows: rows that
+// sweep over a block, so that it, their inputs and their sums fit L1);
 // kDirectLimit (more rows than this are tiled);
 // kTurnSums (panels times rows, of two at most, whose lines are read in turns; a divisor or multiple of the streams);
 // kRowStreams (panels, far apart, that one row reads at once); kCentre8 (what dot32 takes from every code of 8 bits);
@@ -11,6 +13,7 @@
 #pragma once
 #include "kernels/loops/common.h"
 #include "kernels/loops/one_row.h"
+#include "kernels/loops/tiles.h"
 
 namespace torch_int4 {
 namespace {
@@ -40,12 +43,6 @@ struct Int8Loops : Int8Block<V, T, O> {
   using typename Block::Group;
   using typename Block::I;
 
-  // Panels are read in pieces of 1 KiB and less, too short for the processor to look ahead by itself.
-  static TI4_INLINE void prefetch_slab(const uint8_t* codes) {
-    constexpr int kAhead = 1024;
-    for (int i = 0; i < slab_bytes(T); i += kLineBytes) __builtin_prefetch(codes + kAhead + i);
-  }
-
   // Keeps gcc from starting with one panel or tile before the sums of another have left the registers.
   static TI4_INLINE void part() {
     if constexpr (V::kOneSlab) TI4_BARRIER();
@@ -65,7 +62,8 @@ struct Int8Loops : Int8Block<V, T, O> {
       for (int m = 0; m < M; ++m) dot[q][m] = Block::start(a, i + m);
     }
     for (int64_t k = 0; k < (kSlabs ? kSlabs * kSlab : inputs); k += kSlab, x += a.rows * kSlab) {
-      if constexpr (M > 2) prefetch_slab(codes[0]);  // fewer rows leave the processor time to look ahead by itself
+      if constexpr (M > 2)
+        Block::prefetch_slab(codes[0]);  // fewer rows leave the processor time to look ahead by itself
       V::template dot32<packed_source(T)>(dot, codes, x, w.book);
 #pragma GCC unroll 8
       for (int q = 0; q < Q; ++q) codes[q] += slab_bytes(T);
@@ -156,85 +154,10 @@ struct Int8Loops : Int8Block<V, T, O> {
     for (int64_t i = first + P * segment; i < last; ++i) direct_passes<1>(w, a, i, 0, out);
   }
 
-  // One register tile: M rows x one panel over one block of unpacked weights, of kSlabs slabs or, where that is 0, of
-  // `inputs`; the sums in c are [rows][16] floats.
-  template <int M, int kSlabs = 0>
-  static TI4_INLINE void tile(const uint8_t* weights, int64_t inputs, const QuantizedRows& a, const int8_t* x,
-                              int64_t i, const Group& g, float* c) {
-    I dot[1][M];
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) dot[0][m] = Block::start(a, i + m);
-    for (int64_t k = 0; k < (kSlabs ? kSlabs * kSlab : inputs); k += kSlab, x += a.rows * kSlab) {
-      V::template dot32<unpacked_source(T)>(dot, {weights}, x, nullptr);
-      weights += V::template unpacked_bytes<T>() ? V::template unpacked_bytes<T>() : slab_bytes(T);
-    }
-    if constexpr (kSlabs != 0) part();
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      float* sums = c + m * kPanelRows;
-      V::store(sums, Block::finish(V::load(sums), dot[0][m], g, a, i + m));
-    }
-  }
-
-  // The rows that no whole tile takes, in tiles of the powers of two that add up to them.
-  template <int M>
-  static TI4_INLINE void last_tiles(int rows, const uint8_t* weights, int64_t inputs, const QuantizedRows& a,
-                                    const int8_t* x, int64_t i, const Group& g, float* c) {
-    if constexpr (M > 0) {
-      const int done = rows & M;
-      if (done) tile<M>(weights, inputs, a, x, i, g, c);
-      last_tiles<M / 2>(rows, weights, inputs, a, x + done * kSlab, i + done, g, c + done * kPanelRows);
-    }
-  }
-
-  // All rows of a pass over one block.
-  template <int kSlabs>
-  static TI4_INLINE void sweep(int rows, const uint8_t* weights, int64_t inputs, const QuantizedRows& a,
-                               const int8_t* x, int64_t block, const Group& g, float* c) {
-    constexpr int M = V::kTileRows;
-    int i = 0;
-    for (; i + M <= rows; i += M) {
-      tile<M, kSlabs>(weights, inputs, a, x + i * kSlab, block + i, g, c + i * kPanelRows);
-    }
-    last_tiles<largest_power_of_two(M - 1)>(rows - i, weights, inputs, a, x + i * kSlab, block + i, g,
-                                            c + i * kPanelRows);
-  }
-
-  // Many rows: each block of a panel is unpacked to L1 once and all rows of the pass sweep over it.
-  static void tiled(const PackedWeight& w, const QuantizedRows& x_rows, int64_t first, int64_t last,
-                    const Output& out) {
-    const QuantizedRows a = x_rows;  // a copy: no store can change its pointers
-    constexpr int kUnpacked = V::template unpacked_bytes<T>();
-    alignas(64) uint8_t unpacked[kMaxBlock / kSlab * kUnpacked + 1];
-    alignas(64) float c[kRowBlock * kPanelRows];
-    for (int64_t row = 0; row < a.rows; row += kRowBlock) {
-      const int rows = int(smaller(kRowBlock, a.rows - row));
-      for (int64_t panel = first; panel < last; ++panel) {
-        for (int i = 0; i < rows; ++i) V::store(c + i * kPanelRows, V::zero());
-        const uint8_t* codes = w.codes + panel * w.panel_bytes();
-        for (int64_t b = 0; b < w.blocks; ++b) {
-          const int64_t inputs = smaller(w.block, w.padded_inputs - b * w.block);
-          const uint8_t* weights = kUnpacked ? unpacked : codes;
-          for (int64_t k = 0; k < inputs / kSlab; ++k, codes += slab_bytes(T)) {
-            prefetch_slab(codes);
-            if constexpr (kUnpacked != 0) V::template unpack<T>(codes, unpacked + k * kUnpacked, w.book);
-          }
-          const Group g =
-              Block::load_group(w, w.scale_type, (panel * w.groups + b / w.blocks_per_group()) * kPanelRows);
-          const int8_t* x = a.codes + (b * w.block / kSlab * a.rows + row) * kSlab;
-          const int64_t block = b * a.rows + row;
-          if (V::kOneSlab && inputs == kSlab) sweep<1>(rows, weights, inputs, a, x, block, g, c);
-          else sweep<0>(rows, weights, inputs, a, x, block, g, c);
-        }
-        store_tile<V>(c, rows, row, panel, w.out_features, out);
-      }
-    }
-  }
-
   static void run(const PackedWeight& w, const QuantizedRows& a, int64_t first, int64_t last, int streams,
                   const Output& out) {
     const bool one_slab = V::kOneSlab && w.block == kSlab;  // between whose blocks a tile's sums go to memory
-    if (a.rows > V::kDirectLimit * (one_slab ? 2 : 1)) tiled(w, a, first, last, out);
+    if (a.rows > V::kDirectLimit * (one_slab ? 2 : 1)) TileLoops<V, T, O>::run(w, a, first, last, out);
     else if (streams > 1) direct<kStreams>(w, a, first, last, out);
     else direct<1>(w, a, first, last, out);
   }

@@ -8,8 +8,8 @@ namespace torch_int4 {
 namespace {
 
 struct Avx512Vnni : Avx512Vectors {
-  static constexpr int kTileRows = 12, kDirectRows = 8, kDirectRows8 = 8, kDirectLimit = 16, kFloatRows = 14,
-                       kTurnSums = 8;
+  static constexpr int kTileRows = 6, kTileWidth = 4, kPassRows = 132, kDirectRows = 8, kDirectRows8 = 8,
+                       kDirectLimit = 16, kFloatRows = 14, kTurnSums = 8;
   static constexpr int kRowStreams = kStreams, kCentre8 = 0;
   static constexpr bool kOneSlab = false;
 
@@ -36,6 +36,15 @@ struct Avx512Vnni : Avx512Vectors {
     TI4_KEEP(line);
     return line;
   }
+  // gcc 12 copies the sum of the intrinsic, and spills where few registers are free.
+  static TI4_INLINE I add_products(I sum, I codes, I quad) {
+#ifdef TORCH_INT4_EMULATE
+    return _mm512_dpbusd_epi32(sum, codes, quad);
+#else
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(quad));
+    return sum;
+#endif
+  }
   static TI4_INLINE I dot4(I sum, I codes, const int8_t* x) { return _mm512_dpbusd_epi32(sum, codes, spread_quad(x)); }
 
   template <Source S, int P, int M>
@@ -43,17 +52,14 @@ struct Avx512Vnni : Avx512Vectors {
     if constexpr (S == Source::kInt4Lines && M == 1) return dot_nibbles<Avx512Vnni>(dot, w, x);
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
-      __m512i shared[M];  // by panels; one panel's products read memory
-      if constexpr (P > 1) {
-        for (int m = 0; m < M; ++m) shared[m] = spread_quad(x + m * kSlab + j * 4);
-      }
+      __m512i codes[P];
 #pragma GCC unroll 8
-      for (int p = 0; p < P; ++p) {
-        const __m512i codes = load_codes<S>(w[p], j, book);
+      for (int p = 0; p < P; ++p) codes[p] = load_codes<S>(w[p], j, book);
 #pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) {
-          dot[p][m] = _mm512_dpbusd_epi32(dot[p][m], codes, P > 1 ? shared[m] : spread_quad(x + m * kSlab + j * 4));
-        }
+      for (int m = 0; m < M; ++m) {
+        const __m512i quad = spread_quad(x + m * kSlab + j * 4);  // loaded once for all panels
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) dot[p][m] = add_products(dot[p][m], codes[p], quad);
       }
     }
   }
