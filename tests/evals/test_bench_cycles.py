@@ -93,7 +93,8 @@ def test_loops_are_the_kernels_own(path: Path) -> None:
             assert slab % loop.products == 0
         else:
             panels = loop.products / slab
-            assert panels in (2, 4) if loop.rows == 1 else panels == 1, "one row reads several panels in turns"
+            several = loop.rows == 1 or (loop.loop == "tile" and path.stem == "avx512_vnni")
+            assert panels in (2, 4) if several else panels == 1, "one row and wide tiles take several panels"
 
 
 def test_command(tmp_path: Path) -> None:
