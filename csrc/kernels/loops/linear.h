@@ -4,8 +4,8 @@
 // V supplies: F and I (16 floats, 16 int32) with load/store/arithmetic; dot32<Source, P, M>, the inner products of 32
 // inputs of P panels with M rows; unpack<WeightType> and unpacked_bytes<WeightType> (0: tiles read the packed lines);
 // kTileRows, kDirectRows, kDirectRows8 (of 8-bit codes), kFloatRows (rows of the register tiles); kTileWidth (panels of
-// a tile of many rows, which share the load of an input: a power of two); kPassRows (a multiple of kTileRows: rows that
-// sweep over a block, so that it, their inputs and their sums fit L1);
+// a tile of many rows, which share the load of an input: a power of two); kPassRows (a multiple of the tiles' rows:
+// rows that sweep over a block before the next is unpacked);
 // kDirectLimit (more rows than this are tiled);
 // kTurnSums (panels times rows, of two at most, whose lines are read in turns; a divisor or multiple of the streams);
 // kRowStreams (panels, far apart, that one row reads at once); kCentre8 (what dot32 takes from every code of 8 bits);
