@@ -15,11 +15,11 @@ from torch import Tensor
 
 from torch_int4 import _C
 from torch_int4.errors import Int4Error
-from torch_int4.ops import attention, layer
+from torch_int4.ops import attention, experts, layer
 from torch_int4.ops.fakes import fake
 from torch_int4.weights.packed import codes_shape, groups_of, stream_shape
 
-_REGISTER = (_C, attention, layer)  # imported because that registers operators, or their shapes
+_REGISTER = (_C, attention, experts, layer)  # imported because that registers operators, or their shapes
 
 
 def isa() -> str:

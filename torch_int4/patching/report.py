@@ -44,6 +44,8 @@ class PatchReport:
         merged: operator calls that serve several linears with the same input.
         fused: attention modules that run fused.
         blocks: decoder layers that run fused around their attention.
+        experts: modules of experts that run in one operator.
+        experts_modules: modules of experts whose weights are linears.
         interfaces: decoders that call our attention by transformers' attention interface.
         unfused: what runs in stock modules although its family has a file, and why; a sentence for each kind.
         skipped: (name, reason) of every linear and embedding left in float.
@@ -57,6 +59,8 @@ class PatchReport:
     merged: int = 0
     fused: int = 0
     blocks: int = 0
+    experts: int = 0
+    experts_modules: int = 0
     interfaces: int = 0
     unfused: list[str] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
@@ -103,6 +107,8 @@ class PatchReport:
                 lines.append(f"decoder layers: {self.blocks} fused")
         elif self.interfaces:
             lines.append("attention: by transformers' attention interface")
+        if self.experts_modules:
+            lines.append(f"experts: {self.experts} of {self.experts_modules} layers run theirs in one operator")
         lines += [f"not fused: {sentence}" for sentence in self.unfused]
         for extra, count in Counter(extra for entry in self.linears for extra in entry.extras).items():
             lines.append(f"{extra}: {count} linears compute it besides their product, outside of fused layers")
