@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,11 +30,11 @@ class Splits:
     """
 
     skipped: list[tuple[str, str]] = field(default_factory=list)
-    _undo: list[tuple[nn.Module, type, dict[str, Any], dict[str, Any]]] = field(default_factory=list)
+    _undo: list[tuple[str, nn.Module, type, dict[str, Any], dict[str, Any]]] = field(default_factory=list)
 
     def undo(self) -> None:
         """Makes of every module what it was, unless linears of it are int4 by now."""
-        for module, kind, modules, parameters in self._undo:
+        for _, module, kind, modules, parameters in self._undo:
             if any(isinstance(inside, Int4Linear) for inside in module.modules()):
                 continue
             module._modules.clear()
@@ -42,23 +43,34 @@ class Splits:
             module.__class__ = kind
         self._undo.clear()
 
-    def add(self, module: nn.Module, layout: ExpertsLayout, experts: list[Expert]) -> None:
+    @property
+    def names(self) -> set[str]:
+        """Names of the modules that were split."""
+        return {name for name, *_ in self._undo}
+
+    def add(self, name: str, module: nn.Module, layout: ExpertsLayout, experts: list[Expert]) -> None:
         """Puts experts into the place of a module's own tensors."""
-        self._undo.append((module, type(module), dict(module._modules), dict(module._parameters)))
+        self._undo.append((name, module, type(module), dict(module._modules), dict(module._parameters)))
         module._parameters.clear()
         for number, expert in enumerate(experts):
             module.add_module(str(number), expert)
+        module._is_hf_initialized = True  # its class would fill tensors that it has no more
         mix_in(LinearExperts, module, layout)
 
 
-def split(model: nn.Module, config: Int4Config) -> Splits:
+def split(model: nn.Module, config: Int4Config, names: Collection[str] | None = None) -> Splits:
     """Splits the experts of a model into linears whose weights are views; nothing is copied.
 
     Experts that `config.skip` names stay as they are, and so do those that compute what is not known.
+
+    Args:
+        model: with values, or on the meta device.
+        config: of the patch.
+        names: of the only modules to split; by default all.
     """
     splits = Splits()
     for name, module in list(model.named_modules()):
-        if isinstance(module, LinearExperts) or not _are_experts(module):
+        if isinstance(module, LinearExperts) or not _are_experts(module) or (names is not None and name not in names):
             continue
         pattern = _scan.skip_pattern(config, [name])
         reason = f"skip={pattern!r}" if pattern is not None else _reason_to_leave(module)
@@ -66,7 +78,7 @@ def split(model: nn.Module, config: Int4Config) -> Splits:
             layout = _layout(module)
             experts = [_expert(module, number, layout) for number in range(layout.count)]
             if _compute_the_same(module, layout, experts):
-                splits.add(module, layout, experts)
+                splits.add(name, module, layout, experts)
                 continue
             reason = f"{type(module).__name__}.forward computes more than experts do"
         splits.skipped.append((name, reason))
@@ -142,7 +154,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     linear.out_features, linear.in_features = weight.shape
     linear.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
-        linear.bias = nn.Parameter(bias, requires_grad=False)
+        linear.bias = nn.Parameter(bias.contiguous(), requires_grad=False)
     return linear
 
 
