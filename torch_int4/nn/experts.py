@@ -77,10 +77,10 @@ def sum_of_experts(module: Any, x: Tensor, chosen: Tensor, shares: Tensor) -> Te
 def run_expert(module: Any, layout: ExpertsLayout, expert: Any, x: Tensor) -> Tensor:
     """The output of one expert, with the activation of the module that it is of."""
     if not layout.gated:
-        return expert.down_proj(module.act_fn(expert.up_proj(x)))  # type: ignore[no-any-return]
+        return expert.down_proj(module.act_fn(expert.up_proj(x)))
     gate, up = expert.gate_proj(x), expert.up_proj(x)
     both = torch.cat((gate, up), dim=-1) if layout.concatenated else torch.stack((gate, up), dim=-1).flatten(-2)
-    return expert.down_proj(module._apply_gate(both))  # type: ignore[no-any-return]
+    return expert.down_proj(module._apply_gate(both))
 
 
 class PreparedExperts:
@@ -91,7 +91,7 @@ class PreparedExperts:
         experts: its children.
     """
 
-    def __init__(self, module: Any, experts: list[Expert]) -> None:
+    def __init__(self, module: Any, experts: list[Any]) -> None:
         layout: ExpertsLayout = module.torch_int4_data
         assert layout.activation is not None
         linears: list[Any] = [expert._modules[name] for expert in experts for name in layout.linears]
@@ -152,13 +152,13 @@ def prepare(module: Any) -> PreparedExperts | None:
     """Prepares an experts module for one operator; None where its linears are not served by one."""
     module.torch_int4_prepared = None
     layout: ExpertsLayout = module.torch_int4_data
-    experts = [module._modules.get(str(number)) for number in range(layout.count)]
+    experts: list[Any] = [module._modules.get(str(number)) for number in range(layout.count)]
     if layout.activation is None or any(type(expert) is not Expert for expert in experts):
         return None
-    linears = [expert._modules.get(name) for expert in experts for name in layout.linears]  # type: ignore[union-attr]
+    linears = [expert._modules.get(name) for expert in experts for name in layout.linears]
     if any(type(linear) is not Int4Linear or _is_touched(linear) for linear in linears) or not _agree(linears, layout):
         return None
-    module.torch_int4_prepared = made = PreparedExperts(module, experts)  # type: ignore[arg-type]
+    module.torch_int4_prepared = made = PreparedExperts(module, experts)
     return made
 
 

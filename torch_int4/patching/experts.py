@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_int4.config import Int4Config
@@ -54,7 +55,7 @@ class Splits:
         module._parameters.clear()
         for number, expert in enumerate(experts):
             module.add_module(str(number), expert)
-        module._is_hf_initialized = True  # its class would fill tensors that it has no more
+        vars(module)["_is_hf_initialized"] = True  # its class would fill tensors that it has no more
         mix_in(LinearExperts, module, layout)
 
 
@@ -119,8 +120,9 @@ def _layout(module: Any) -> ExpertsLayout:
     from transformers.integrations.moe import _default_apply_gate
 
     plain = not module.has_gate or type(module)._apply_gate is _default_apply_gate
-    name = ACTIVATIONS.get(type(getattr(module, "act_fn", None)).__name__) if plain else None
-    return ExpertsLayout(module.down_proj.shape[0], module.has_gate, module.is_concatenated, name)
+    activation = getattr(module, "act_fn", None)
+    name = "silu" if activation is F.silu else ACTIVATIONS.get(type(activation).__name__)
+    return ExpertsLayout(module.down_proj.shape[0], module.has_gate, module.is_concatenated, name if plain else None)
 
 
 def _expert(module: Any, number: int, layout: ExpertsLayout) -> Expert:

@@ -24,6 +24,7 @@ from torch_int4.patching import fuse_layers as _block
 from torch_int4.patching import fuse_stack as _stack
 from torch_int4.patching import stages as _stages
 from torch_int4.patching import ties as _ties
+from torch_int4.patching.floats import count_floats
 from torch_int4.patching.plan import Foreign, Plan, Survey, Target, decide
 from torch_int4.patching.refusals import Refusals
 from torch_int4.patching.report import PatchReport
@@ -118,6 +119,7 @@ def carry_out(
     report.merged += _merge(model, plan.survey.families)
     _fuse(model, plan.survey.families, report)
     report.skipped = plan.skipped + plan.kept
+    report.floats = count_floats(model)
     report.complete = True
     _make_saveable(model, plan.config)
     return_memory()

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from torch_int4.config import Int4Config
+from torch_int4.patching.floats import Floats, told
 from torch_int4.weights.types import BITS
 
 MB = 1e6
@@ -50,6 +51,7 @@ class PatchReport:
         unfused: what runs in stock modules although its family has a file, and why; a sentence for each kind.
         skipped: (name, reason) of every linear and embedding left in float.
         embeddings: (name, bytes before, bytes after) of embeddings stored in fewer bytes.
+        floats: the parameters that are in float, by the classes of the modules that hold them.
         notices: what the recipe could not do.
         complete: False while patching, and when it failed half way.
     """
@@ -65,6 +67,7 @@ class PatchReport:
     unfused: list[str] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     embeddings: list[tuple[str, int, int]] = field(default_factory=list)
+    floats: list[Floats] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     complete: bool = False
 
@@ -117,6 +120,8 @@ class PatchReport:
                 lines.append(f"{entry.name}: its float weight stays in memory, because another module uses it")
         for name, before, after in self.embeddings:
             lines.append(f"{name}: embedding in bf16, {before / MB:.1f} MB -> {after / MB:.1f} MB")
+        if line := told(self.floats, sum(entry.weights for entry in self.linears)):
+            lines.append(line)
         lines += self.notices
         lines += [f"left in float: {name}: {reason}" for name, reason in self.skipped]
         if not self.complete:
