@@ -45,6 +45,15 @@ def test_every_type_is_taken_over_bit_by_bit(kind, rows, inputs):
     assert torch.equal(packed.dequantize(), weight.dequantize())
 
 
+@pytest.mark.parametrize(("kind", "stored", "most"), [("Q4_K", 4.5, 4.625), ("Q5_K", 5.5, 8.625)])
+def test_two_levels_of_scales_stay_two_levels(kind, stored, most):
+    weight = read(random_blocks(kind, 32, 1024), kind, (32, 1024))
+    per_block, size = BLOCKS[kind]
+    assert size * 8 / per_block == stored
+    assert Int4Linear(weight).nbytes * 8 / weight.codes.numel() == most
+    assert int(weight.multipliers.max()) < 64
+
+
 @pytest.mark.parametrize("kind", [k for k in BLOCKS if k in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4")])
 def test_what_the_package_quantizes_is_read(kind):
     dense_weight = np.random.default_rng(1).standard_normal((5, 96)).astype(np.float32)

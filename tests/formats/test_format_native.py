@@ -9,7 +9,7 @@ from torch_int4.formats import get
 
 FORM = get("native")
 SETTINGS = FORM.settings({"quant_method": "torch_int4", "format": "native", "version": 1})
-FIELDS = ("codes", "scales", "zeros", "offsets", "perm")
+FIELDS = ("codes", "scales", "zeros", "offsets", "multipliers", "perm")
 
 
 def weights():
@@ -22,6 +22,8 @@ def weights():
     shared = random_weight(4, 64, 32, codebook="fp4")
     shared.scales = torch.tensor([[0, 254], [127, 1], [2, 3], [100, 200]], dtype=torch.uint8)
     yield shared
+    yield random_weight(5, 512, 32, "records")
+    yield random_weight(3, 256, 32, "records", bits=8)
     ordered = random_weight(4, 64, 32, "integer")
     ordered.perm = torch.randperm(64, generator=torch.Generator().manual_seed(1))
     yield ordered

@@ -32,6 +32,17 @@ def permuted(weight, heads):
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
+def random_k_blocks(values, number):
+    """Blocks that gguf-py cannot quantize to: any codes, about as large as `values`."""
+    generator = np.random.default_rng(values.size)
+    per_block, size = gguf.GGML_QUANT_SIZES[number]
+    raw = generator.integers(0, 256, (len(values), values.shape[1] // per_block, size), dtype=np.uint8)
+    for at, typical in ((0, 1e-4), (2, 6e-4)):  # d and dmin
+        halves = (generator.random(raw.shape[:2]) * typical + typical / 4).astype(np.float16)
+        raw[..., at : at + 2] = halves[..., None].view(np.uint8)
+    return raw.reshape(len(values), -1)
+
+
 def write(path, model, kinds, head="Q8_0"):
     """The model as a GGUF file; `kinds` are taken in turn by its linears."""
     writer = gguf.GGUFWriter(path, "llama")
@@ -44,7 +55,7 @@ def write(path, model, kinds, head="Q8_0"):
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(16)
+    writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
     for index, (name, value) in enumerate(model.state_dict().items()):
         module, values = name.removesuffix(".weight"), value.numpy()
@@ -53,7 +64,8 @@ def write(path, model, kinds, head="Q8_0"):
             values = permuted(values, heads)
         kind = "F32" if values.ndim == 1 or "embed" in name else kinds[index % len(kinds)]
         number = getattr(gguf.GGMLQuantizationType, head if name.startswith("lm_head") else kind)
-        raw = gguf.quants.quantize(np.ascontiguousarray(values), number)
+        blocks = random_k_blocks if number == gguf.GGMLQuantizationType.Q4_K else gguf.quants.quantize
+        raw = blocks(np.ascontiguousarray(values), number)
         writer.add_tensor(gguf_name(module), raw, raw_dtype=number)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -85,6 +97,46 @@ def test_what_lies_on_no_grid_is_quantized_by_the_recipe(tmp_path):
     model = from_gguf(path, group_size=64)
     sizes = {module.group_size for name, module in int4s(model).items() if name != "lm_head"}
     assert sizes == {32, 64}  # those of the file, and those of the config
+
+
+@pytest.fixture
+def k_quants(tmp_path):
+    """A file of Q4_K, and transformers' expansion of it."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "vocab_size": 96, "tied": False}
+    path = write(tmp_path / "model-Q4_K.gguf", llama(**sizes), ["Q4_K"], head="Q4_K")
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    options = {"gguf_file": path.name, "dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+    return path, AutoModelForCausalLM.from_pretrained(tmp_path, **options).eval()
+
+
+def test_k_quants_are_as_small_as_in_the_file_and_as_exact(k_quants, tmp_path):
+    path, expanded = k_quants
+    model = torch_int4.from_pretrained(path, compute="fp32", kv_cache="fp32")
+    stored = {name: entry for name, entry in open_gguf(path).tensors.items() if entry.kind == "Q4_K"}
+    assert len(stored) == len(int4s(model)) == 15
+    nbytes = sum(entry.end - entry.begin for entry in stored.values())
+    assert sum(module.nbytes for module in int4s(model).values()) == nbytes * 4.625 / 4.5
+    assert model.torch_int4_report.bits_per_weight() < 4.5 * 1.05
+    for name, module in int4s(model).items():
+        assert torch.equal(module.dequantize(), expanded.get_submodule(name).weight), name
+    want = logits(expanded)
+    assert (logits(model) - want).norm() <= 1e-5 * want.norm()
+
+
+@pytest.mark.filterwarnings("ignore:.*saved in torch_int4's own form")
+def test_k_quants_are_saved_and_loaded_as_they_are(k_quants, tmp_path):
+    model = torch_int4.from_pretrained(k_quants[0])
+    folder = tmp_path / "saved"
+    model.save_pretrained(folder)
+    again = torch_int4.from_pretrained(folder)
+    assert again.torch_int4_report.bits_per_weight() == model.torch_int4_report.bits_per_weight()
+    for name, module in int4s(model).items():
+        other = int4s(again)[name]
+        assert all(torch.equal(getattr(other, field), getattr(module, field)) for field in ("packed", "packed_scales"))
+        assert other.packed_offsets is None
+        assert module.packed_weight.offset_kind == "float"
+    assert torch.equal(logits(again), logits(model))
 
 
 def test_a_float_head_stays(tmp_path):
