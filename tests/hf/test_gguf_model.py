@@ -5,7 +5,7 @@ import torch
 from tiny_models import int4s, llama, logits
 
 import torch_int4
-from torch_int4 import Int4Error, patch
+from torch_int4 import Int4Error, Int4Weight, patch
 from torch_int4.formats.gguf import GgufBlocks
 
 pytest.importorskip("gguf", reason="the package gguf is not installed")
@@ -63,6 +63,22 @@ def test_k_quants_are_as_small_as_in_the_file_and_as_exact(k_quants, tmp_path):
         assert torch.equal(module.dequantize(), expanded.get_submodule(name).weight), name
     want = logits(expanded)
     assert (logits(model) - want).norm() <= 1e-5 * want.norm()
+
+
+def test_fused_layers_decode_k_quants_with_the_bits_of_scales_of_one_level(k_quants):
+    model = torch_int4.from_pretrained(k_quants[0])
+    assert model.torch_int4_report.blocks == 2
+    prompt = torch.arange(3, 12)[None]
+    options = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    got = model.generate(prompt, **options)
+    for module in int4s(model).values():
+        weight = module.to_weight()
+        assert weight.multipliers is not None
+        scales, offsets = weight.group_scales(), weight.group_offsets()
+        module.set_weight(Int4Weight(weight.codes, scales, offsets=offsets, perm=weight.perm))
+    want = model.generate(prompt, **options)
+    assert torch.equal(got.sequences, want.sequences)
+    assert all(map(torch.equal, got.logits, want.logits))
 
 
 @pytest.mark.filterwarnings("ignore:.*saved in torch_int4's own form")
