@@ -17,7 +17,7 @@ def weights():
         for bits in (4, 8):
             for rows, inputs, group in ((17, 72, 32), (1, 1, 32), (3, 33, -1), (2, 130, 128)):
                 yield random_weight(rows, inputs, group, kind, bits=bits)
-    for book in ("nf4", "fp4", "bnb_fp4"):
+    for book in ("nf4", "fp4", "bnb_fp4", "iq4_nl"):
         yield random_weight(5, 40, 32, codebook=book)
     shared = random_weight(4, 64, 32, codebook="fp4")
     shared.scales = torch.tensor([[0, 254], [127, 1], [2, 3], [100, 200]], dtype=torch.uint8)

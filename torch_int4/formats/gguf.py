@@ -5,7 +5,7 @@ are fp16, q unsigned codes:
     Q4_0  w = d*(q - 8)          Q4_1    w = d*q + m             Q4_K    w = (d*s)*q - (dmin*t), 6-bit s and t
     Q5_0  w = d*(q - 16)         Q5_1    w = d*q + m             Q5_K    as Q4_K; five bits take eight here
 Q4_K and Q5_K keep their two levels: s and t are the `multipliers` of d and -dmin.
-    Q8_0  w = d*q, q signed      IQ4_NL  w = d*value[q]          IQ4_XS  w = (d*s)*value[q], values are int8
+    Q8_0  w = d*q, q signed      IQ4_NL  w = d*value[q]          IQ4_XS  w = (d*s)*value[q], the code book iq4_nl
     MXFP4 w = 2^(e - 127)*value[q], the code book E2M1
 The others (Q2_K, Q3_K, Q6_K with groups of 16, IQ1 ... IQ3, ternary) can only be expanded to floats: `dense`.
 Source: ggml's ggml-common.h and ggml-quants.c, and gguf-py 0.19, gguf/quants.py.
@@ -25,7 +25,6 @@ from torch_int4.formats.parts.format import Format, Settings
 from torch_int4.weights import nibbles
 from torch_int4.weights.canonical import Int4Weight
 
-IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 # type: (inputs, bytes) of a block
 BLOCKS = {
     "Q4_0": (32, 18),
@@ -229,7 +228,7 @@ def _q8_0(blocks: Tensor) -> Int4Weight:
 
 
 def _iq4_nl(blocks: Tensor) -> Int4Weight:
-    return Int4Weight(_iq4_codes(_halves(blocks[..., 2:])), _half(blocks, 0), bits=8)
+    return Int4Weight(_halves(blocks[..., 2:]), _half(blocks, 0), codebook="iq4_nl")
 
 
 def _mxfp4(blocks: Tensor) -> Int4Weight:
@@ -253,11 +252,7 @@ def _iq4_xs(blocks: Tensor) -> Int4Weight:
     low = nibbles.split(blocks[..., 4:8]).int()
     scales = _half(blocks, 0).float()[..., None] * ((low | (high << 4)) - 32)
     codes = _halves(blocks[..., 8:].unflatten(-1, (8, 16)).flatten(1, 2))
-    return Int4Weight(_iq4_codes(codes), scales.flatten(1), bits=8)
-
-
-def _iq4_codes(codes: Tensor) -> Tensor:
-    return torch.tensor([value + 128 for value in IQ4_VALUES], dtype=torch.uint8)[codes.long()]
+    return Int4Weight(codes, scales.flatten(1), codebook="iq4_nl")
 
 
 def _k_nibbles(packed: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ class Int4Weight:
         group_size: inputs per group along the columns of the codes, or -1 for one group per row.
         bits: 4 or 8.
         codebook: None, or the name of 16 values that 4-bit codes point to: "nf4" (QLoRA, arXiv 2305.14314), "fp4"
-            (E2M1 of the OCP Microscaling formats) or "bnb_fp4" (what bitsandbytes calls FP4).
+            (E2M1 of the OCP Microscaling formats), "bnb_fp4" (what bitsandbytes calls FP4) or "iq4_nl" (the integers
+            of GGUF's IQ4_NL and IQ4_XS).
             Then w = scales * value[codes], without zeros or offsets.
     """
 
