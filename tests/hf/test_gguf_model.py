@@ -38,6 +38,11 @@ def test_what_lies_on_no_grid_is_quantized_by_the_recipe(tmp_path):
     model = from_gguf(path, group_size=64)
     sizes = {module.group_size for name, module in int4s(model).items() if name != "lm_head"}
     assert sizes == {32, 64}  # those of the file, and those of the config
+    rounded = {name for name, module in int4s(model).items() if module.group_size == 64}
+    (notice,) = model.torch_int4_report.notices
+    assert "(F16, F32): " in notice
+    assert set(notice.partition("): ")[2].split(", ")) == rounded | {"lm_head"}
+    assert notice in str(model.torch_int4_report)
 
 
 @pytest.fixture
@@ -59,6 +64,7 @@ def test_k_quants_are_as_small_as_in_the_file_and_as_exact(k_quants, tmp_path):
     nbytes = sum(entry.end - entry.begin for entry in stored.values())
     assert sum(module.nbytes for module in int4s(model).values()) == nbytes * 4.625 / 4.5
     assert model.torch_int4_report.bits_per_weight() < 4.5 * 1.05
+    assert model.torch_int4_report.notices == []
     for name, module in int4s(model).items():
         assert torch.equal(module.dequantize(), expanded.get_submodule(name).weight), name
     want = logits(expanded)

@@ -29,7 +29,8 @@ def from_gguf(
 
     transformers builds the model, with expanded weights; each linear whose weight is an expansion of blocks on a grid
     that kernels have (`formats/gguf.py`) then takes over these blocks, found by the bits of the weight and therefore
-    right by construction. Other linears are quantized as the config says. The model is held in fp32 meanwhile.
+    right by construction. Other linears are quantized as the config says, and the report names them and the types of
+    the file that are to blame. The model is held in fp32 meanwhile.
 
     Args:
         path: the file; of a model in parts (`-00001-of-00003.gguf`) any of them.
@@ -50,9 +51,11 @@ def from_gguf(
         file = open_gguf(whole)
         _require_language_model(file)
         model = _expand(whole, model_class)
-        take_over(model, file, config)
+        taken = take_over(model, file, config)
     _cast(model, floats)
-    return patch(model, config)
+    model = patch(model, config)
+    model.torch_int4_report.notices += _rounded(model, file, taken)
+    return model
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Any:
@@ -79,6 +82,18 @@ def _float_type(dtype: str | torch.dtype) -> torch.dtype:
     if found not in (torch.float32, torch.bfloat16, torch.float16):
         raise Int4Error(f"dtype must be auto, float32, bfloat16 or float16; got {dtype!r}")
     return found
+
+
+def _rounded(model: Any, file: GgufFile, taken: list[str]) -> list[str]:
+    """For the report: the linears that are not what the file holds."""
+    names = [entry.name for entry in model.torch_int4_report.linears if entry.name not in taken]
+    if not names:
+        return []
+    others = {entry.kind for entry in file.tensors.values() if len(entry.shape) == 2 and entry.kind not in BLOCKS}
+    return [
+        f"rounded as the config says, because kernels have no grid for the blocks of the file "
+        f"({', '.join(sorted(others)) or 'merged or reshaped'}): {', '.join(names)}"
+    ]
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
