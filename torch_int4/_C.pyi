@@ -6,6 +6,8 @@ from typing import Any
 PANEL_ROWS: int
 LINE_BYTES: int
 SLAB: int
+RECORD_GROUPS: int
+RECORD_BYTES: int
 
 def weight_types() -> tuple[tuple[str, int, int, int | None, tuple[float, ...] | None], ...]: ...
 def entries_are(dicts: list[dict[str, Any]], keys: list[str], values: list[Any], /) -> bool: ...

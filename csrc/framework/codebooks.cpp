@@ -38,4 +38,9 @@ const Codebook kBnbFp4 = make({0.f, 1.f / 192, 2.f / 3, 1.f, 1.f / 3, 1.f / 2, 1
                                -0.f, -1.f / 192, -2.f / 3, -1.f, -1.f / 3, -1.f / 2, -1.f / 6, -1.f / 4},
                               1.f / 96);
 
+// The values of IQ4_NL and IQ4_XS (ggml-common.h), which are int8 numbers.
+const Codebook kIq4Nl = make({-127.f, -104.f, -83.f, -65.f, -49.f, -35.f, -22.f, -10.f,  //
+                              1.f, 13.f, 25.f, 38.f, 53.f, 69.f, 89.f, 113.f},
+                             1.f);
+
 }  // namespace torch_int4

@@ -4,6 +4,6 @@
 
 namespace torch_int4 {
 
-extern const Codebook kNf4, kFp4, kBnbFp4;
+extern const Codebook kNf4, kFp4, kBnbFp4, kIq4Nl;
 
 }  // namespace torch_int4

@@ -22,6 +22,21 @@ void each_parameter(const PackedWeight& shape, int64_t first, int64_t last, Move
   }
 }
 
+// move(index in [out_features][records], index in [panels][records], row) of the records of panels [first, last); the
+// first index is -1 in rows beyond the weight.
+template <class Move>
+void each_record(const PackedWeight& shape, int64_t first, int64_t last, Move move) {
+  const int64_t records = shape.groups / kRecordGroups;
+  for (int64_t panel = first; panel < last; ++panel) {
+    for (int64_t i = 0; i < records; ++i) {
+      for (int row = 0; row < kPanelRows; ++row) {
+        const int64_t n = panel * kPanelRows + row;
+        move(n < shape.out_features ? n * records + i : -1, panel * records + i, row);
+      }
+    }
+  }
+}
+
 // body(a value of as many bytes), for elements whose type does not matter.
 template <class Body>
 void with_width(int bytes, Body body) {
@@ -123,6 +138,32 @@ void unpack_parameters(const void* packed, int bytes, const PackedWeight& shape,
   });
 }
 
+void pack_two_levels(const uint16_t* scales, const uint16_t* offsets, const uint8_t* multipliers,
+                     const PackedWeight& shape, int64_t first, int64_t last, TwoLevels* packed) {
+  each_record(shape, first, last, [&](int64_t plain, int64_t place, int row) {
+    TwoLevels& record = packed[place];
+    record.scale[row] = plain < 0 ? uint16_t(0) : scales[plain];
+    record.offset[row] = plain < 0 ? uint16_t(0) : offsets[plain];
+    for (int i = 0; i < 2 * kRecordGroups; ++i) {
+      record.multipliers[i / 2][i % 2][row] = plain < 0 ? uint8_t(0) : multipliers[plain * 2 * kRecordGroups + i];
+    }
+  });
+}
+
+void unpack_two_levels(const PackedWeight& w, int64_t first, int64_t last, uint16_t* scales, uint16_t* offsets,
+                       uint8_t* multipliers) {
+  const auto* packed = static_cast<const TwoLevels*>(w.scales);
+  each_record(w, first, last, [&](int64_t plain, int64_t place, int row) {
+    if (plain < 0) return;
+    const TwoLevels& record = packed[place];
+    scales[plain] = record.scale[row];
+    offsets[plain] = record.offset[row];
+    for (int i = 0; i < 2 * kRecordGroups; ++i) {
+      multipliers[plain * 2 * kRecordGroups + i] = record.multipliers[i / 2][i % 2][row];
+    }
+  });
+}
+
 void dequantize(const PackedWeight& w, int64_t first, int64_t last, const int64_t* perm, DType dtype, void* target) {
   with_type(w.type, [&](auto type) {
     for (int64_t n = first * kPanelRows; n < smaller(last * kPanelRows, w.out_features); ++n) {
@@ -131,13 +172,8 @@ void dequantize(const PackedWeight& w, int64_t first, int64_t last, const int64_
         const int64_t i = (n / kPanelRows * w.groups + k / w.group) * kPanelRows + n % kPanelRows;
         const Place at = place_of(type, int(n % kPanelRows), k);
         const int code = (panel[at.byte] >> at.shift) & code_mask(type);
-        int zero = 0;
-        float offset = 0.f;
-        if (w.offset == Offset::kSymmetric) zero = zero_point(type);
-        if (w.offset == Offset::kInteger) zero = static_cast<const uint8_t*>(w.offsets)[i];
-        if (w.offset == Offset::kFloat) offset = load_parameter(w.offsets, w.scale_type, i);
-        const float step = w.book ? w.book->values[code] : float(code - zero);
-        const float value = fmaf(step, load_parameter(w.scales, w.scale_type, i), offset);
+        const GroupParameters p = group_parameters(w, i);
+        const float value = fmaf(w.book ? w.book->values[code] : float(code - p.zero), p.scale, p.offset);
         store_element(target, dtype, n * w.in_features + (perm ? perm[k] : k), value);
       }
     }

@@ -132,7 +132,8 @@ void amx_int8_typed(const PackedWeight& w, const QuantizedRows& a, int64_t first
                     const Output& out) {
   if (w.offset == Offset::kSymmetric) AmxInt8<T, Offset::kSymmetric>::run(w, a, first, last, streams, out);
   else if (w.offset == Offset::kInteger) AmxInt8<T, Offset::kInteger>::run(w, a, first, last, streams, out);
-  else AmxInt8<T, Offset::kFloat>::run(w, a, first, last, streams, out);
+  else if (w.offset == Offset::kFloat) AmxInt8<T, Offset::kFloat>::run(w, a, first, last, streams, out);
+  else AmxInt8<T, Offset::kTwoLevel>::run(w, a, first, last, streams, out);
 }
 
 void amx_int8(const PackedWeight& w, const QuantizedRows& a, int64_t first, int64_t last, int streams,

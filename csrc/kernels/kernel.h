@@ -5,7 +5,7 @@
 //   int8  one line holds 16 rows x 4 inputs: byte 4*row+j is input j, as an unsigned code (value + 128)
 //   book  laid out as int4; a code is an index into 16 values, which are int8 codes times a step (see Codebook)
 // Lines of a panel are contiguous and padded with zero codes to a multiple of 32 inputs; rows are padded to 16.
-// Scales and offsets have their own streams, [panel][group][16].
+// Scales and offsets have their own streams, [panel][group][16]; those of two levels share one, [panel][record].
 //
 // Arithmetic of compute="int8", the same in every kernel and therefore bit for bit the same on every ISA. Rows of x
 // are quantized to int8 per block of inputs (a block never spans two groups); blocks are added in ascending order:
@@ -27,7 +27,18 @@ constexpr int element_bytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2; 
 enum class ScaleType : int { kF16, kF32, kE8M0 };  // E8M0: a power of two, 2^(byte - 127)
 enum class Norm : int { kRms, kRmsOnce, kLayer };
 enum class Activation : int { kSilu, kGelu, kGeluTanh };
-enum class Offset : int { kSymmetric, kInteger, kFloat };  // zero_point(type); uint8 zeros; w = q*scale + offset
+// zero_point(type); uint8 zeros; w = q*scale + offset; the same, where scale and offset have two levels (TwoLevels).
+enum class Offset : int { kSymmetric, kInteger, kFloat, kTwoLevel };
+constexpr bool adds_offset(Offset offset) { return offset == Offset::kFloat || offset == Offset::kTwoLevel; }
+
+// Scales and offsets of 16 rows over kRecordGroups groups of kSlab inputs, as K-quants of GGUF have them. Those of a
+// group are numbers in float16, which its groups share, times integers of its own. The products are exact in float.
+constexpr int kRecordGroups = 8;
+struct TwoLevels {
+  uint16_t scale[kPanelRows], offset[kPanelRows];     // float16
+  uint8_t multipliers[kRecordGroups][2][kPanelRows];  // of scale, and of offset
+};
+static_assert(sizeof(TwoLevels) == 5 * kLineBytes, "records of a panel lie on whole lines");
 
 // 16 values, in float and as step * (code - 128), which is step * weight.
 struct Codebook {
@@ -39,13 +50,13 @@ struct Codebook {
 
 struct PackedWeight {
   const uint8_t* codes;  // [panels][lines][64]
-  const void* scales;    // [panels][groups][16] of scale_type
+  const void* scales;    // [panels][groups][16] of scale_type; or TwoLevels, [panels][groups / kRecordGroups]
   const void* offsets;   // [panels][groups][16], uint8 or the scales' type (a float), or null
   int64_t out_features, in_features;
   int64_t padded_inputs;  // in_features rounded up to kSlab
   int64_t group, groups;  // inputs per group (a multiple of kSlab), number of groups
   int64_t block, blocks;  // inputs per activation block, number of blocks
-  ScaleType scale_type;
+  ScaleType scale_type;   // kF16 where there are two levels
   WeightType type;
   Offset offset;
   const Codebook* book;  // of kBook, else null

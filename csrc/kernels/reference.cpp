@@ -17,18 +17,8 @@ int code(const PackedWeight& w, int64_t panel, int lane, int64_t k) {
   });
 }
 
-struct GroupParameters {
-  float scale, offset;
-  int zero;
-};
-
 GroupParameters group_parameters(const PackedWeight& w, int64_t panel, int lane, int64_t group) {
-  const int64_t i = (panel * w.groups + group) * kPanelRows + lane;
-  GroupParameters p{load_parameter(w.scales, w.scale_type, i), 0.f, 0};
-  if (w.offset == Offset::kSymmetric) p.zero = zero_point(w.type);
-  if (w.offset == Offset::kInteger) p.zero = static_cast<const uint8_t*>(w.offsets)[i];
-  if (w.offset == Offset::kFloat) p.offset = load_parameter(w.offsets, w.scale_type, i);
-  return p;
+  return group_parameters(w, (panel * w.groups + group) * kPanelRows + lane);
 }
 
 void to_float(const void* source, DType dtype, int64_t count, float* target) {
@@ -82,7 +72,7 @@ float dot_int8(const PackedWeight& w, const QuantizedRows& a, int64_t row, int64
     }
     const float weight_scale = w.book ? p.scale * w.book->step : p.scale;
     acc = fmaf(float(dot - p.zero * sum), weight_scale * scale, acc);
-    if (w.offset == Offset::kFloat) acc = fmaf(p.offset, a.scaled_sums[b * a.rows + row], acc);
+    if (adds_offset(w.offset)) acc = fmaf(p.offset, a.scaled_sums[b * a.rows + row], acc);
   }
   return acc;
 }

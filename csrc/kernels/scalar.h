@@ -80,6 +80,27 @@ inline float load_parameter(const void* stream, ScaleType type, int64_t i) {
   return load_element(stream, type == ScaleType::kF32 ? DType::kF32 : DType::kF16, i);
 }
 
+// Of one row in one group: w = (q - zero) * scale + offset, where q is a code, or the value that a code book has for it.
+struct GroupParameters {
+  float scale, offset;
+  int zero;
+};
+
+// Of element i, (panel * groups + group) * kPanelRows + row.
+inline GroupParameters group_parameters(const PackedWeight& w, int64_t i) {
+  if (w.offset == Offset::kTwoLevel) {
+    const int64_t group = i / kPanelRows, row = i % kPanelRows;
+    const TwoLevels& at = static_cast<const TwoLevels*>(w.scales)[group / kRecordGroups];
+    const auto& multipliers = at.multipliers[group % kRecordGroups];
+    return {from_half(at.scale[row]) * multipliers[0][row], from_half(at.offset[row]) * multipliers[1][row], 0};
+  }
+  GroupParameters p{load_parameter(w.scales, w.scale_type, i), 0.f, 0};
+  if (w.offset == Offset::kSymmetric) p.zero = zero_point(w.type);
+  if (w.offset == Offset::kInteger) p.zero = static_cast<const uint8_t*>(w.offsets)[i];
+  if (w.offset == Offset::kFloat) p.offset = load_parameter(w.offsets, w.scale_type, i);
+  return p;
+}
+
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 }  // namespace

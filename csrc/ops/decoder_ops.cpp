@@ -1,11 +1,9 @@
 // Schemas of the operators of a whole decoder layer, and the layers that were prepared. LibTorch stable ABI only.
 #include <exception>
-#include <memory>
-#include <mutex>
-#include <unordered_map>
 #include <utility>
 
 #include "ops/decoder_views.h"
+#include "ops/registry.h"
 
 namespace torch_int4 {
 namespace {
@@ -31,35 +29,9 @@ Tensor decoder_layer_op(const Tensor& x, const LayerTensors& tensors, const Opti
   return y;
 }
 
-// Prepared layers by their numbers, from 1 up.
-class Registry {
- public:
-  int64_t add(std::shared_ptr<const PreparedLayer> layer) {
-    const std::lock_guard<std::mutex> guard(mutex_);
-    layers_[++last_] = std::move(layer);
-    return last_;
-  }
-
-  std::shared_ptr<const PreparedLayer> find(int64_t number) {
-    const std::lock_guard<std::mutex> guard(mutex_);
-    const auto found = layers_.find(number);
-    STD_TORCH_CHECK(found != layers_.end(), "torch_int4: there is no prepared layer ", number);
-    return found->second;
-  }
-
-  void remove(int64_t number) {
-    const std::lock_guard<std::mutex> guard(mutex_);
-    layers_.erase(number);
-  }
-
- private:
-  std::mutex mutex_;
-  std::unordered_map<int64_t, std::shared_ptr<const PreparedLayer>> layers_;
-  int64_t last_ = 0;
-};
-
-Registry& registry() {
-  static Registry* const all = new Registry;  // never destroyed: at exit torch may be gone before its tensors
+Registry<PreparedLayer>& registry() {
+  static auto* const all =
+      new Registry<PreparedLayer>;  // never destroyed: at exit torch may be gone before its tensors
   return *all;
 }
 
@@ -102,7 +74,7 @@ void view_layers(void* context, int64_t begin, int64_t end) {
   Stack& s = *static_cast<Stack*>(context);
   for (auto i = size_t(begin); i < size_t(end); ++i) {
     try {
-      s.calls[i].layer = registry().find(s.layers[i]);
+      s.calls[i].layer = registry().find(s.layers[i], "layer");
       view_layer(*s.calls[i].layer, i ? s.outputs[(i - 1) % 2] : s.x, s.state(i), s.rotary_dim, s.scale, s.softcap,
                  s.outputs[i % 2], s.views[i]);
     } catch (...) {

@@ -22,20 +22,43 @@ namespace {
 
 using Packed = std::tuple<Tensor, Tensor, Tensor>;
 
+// The tensors of a weight that is not packed, see weights/canonical.py.
+struct Canonical {
+  const Tensor &codes, &scales;
+  const OptionalTensor &zeros, &offsets, &multipliers;
+};
+
+void check_parameters(const Canonical& given, const PackedWeight& shape) {
+  const std::vector<int64_t> per_group{shape.out_features, shape.groups};
+  const ScalarType type = given.scales.scalar_type();
+  if (given.multipliers) {
+    check_records(shape);
+    STD_TORCH_CHECK(given.offsets, "torch_int4: multipliers need offsets");
+    const std::vector<int64_t> per_record{shape.out_features, shape.groups / kRecordGroups};
+    check_tensor(given.scales, "scales", ScalarType::Half, "float16 where there are multipliers", per_record);
+    check_tensor(*given.offsets, "offsets", ScalarType::Half, "float16 where there are multipliers", per_record);
+    check_tensor(*given.multipliers, "multipliers", ScalarType::Byte, "uint8", {per_group[0], per_group[1], 2});
+    return;
+  }
+  check_offset(shape);
+  check_tensor(given.scales, "scales", type, "float16, float32 or uint8", per_group);
+  if (given.zeros) check_tensor(*given.zeros, "zeros", ScalarType::Byte, "uint8", per_group);
+  if (given.offsets) check_tensor(*given.offsets, "offsets", type, "of the type of the scales", per_group);
+}
+
 // The shape of what canonical tensors become when they are packed.
-PackedWeight check_canonical(const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros,
-                             const OptionalTensor& offsets, const WeightOptions& options) {
+PackedWeight check_canonical(const Canonical& given, const WeightOptions& options) {
+  const Tensor& codes = given.codes;
   STD_TORCH_CHECK(codes.dim() == 2, "torch_int4: codes must be [out_features, in_features]");
-  STD_TORCH_CHECK(!(zeros && offsets), "torch_int4: give zeros or offsets, not both");
+  STD_TORCH_CHECK(!(given.zeros && given.offsets), "torch_int4: give zeros or offsets, not both");
   PackedWeight shape = make_shape(codes.size(0), codes.size(1), options.group_size, options.type);
   check_tensor(codes, "codes", ScalarType::Byte, "uint8", {shape.out_features, shape.in_features});
-  const std::vector<int64_t> per_group{shape.out_features, shape.groups};
-  shape.scale_type = scale_type(scales);
-  shape.offset = zeros ? Offset::kInteger : offsets ? Offset::kFloat : Offset::kSymmetric;
-  check_offset(shape);
-  check_tensor(scales, "scales", scales.scalar_type(), "float16, float32 or uint8", per_group);
-  if (zeros) check_tensor(*zeros, "zeros", ScalarType::Byte, "uint8", per_group);
-  if (offsets) check_tensor(*offsets, "offsets", scales.scalar_type(), "of the type of the scales", per_group);
+  shape.scale_type = scale_type(given.scales);
+  shape.offset = given.multipliers ? Offset::kTwoLevel
+                 : given.zeros     ? Offset::kInteger
+                 : given.offsets   ? Offset::kFloat
+                                   : Offset::kSymmetric;
+  check_parameters(given, shape);
   const int bits = code_bits(shape.type), largest = code_mask(shape.type);
   if (bits < 8) {
     const auto* data = static_cast<const uint8_t*>(codes.const_data_ptr());
@@ -62,15 +85,30 @@ void fill_stream(const Tensor& values, const PackedWeight& shape, Tensor& stream
   });
 }
 
+void fill_records(const Canonical& given, const PackedWeight& shape, Tensor& stream) {
+  const auto* scales = static_cast<const uint16_t*>(given.scales.const_data_ptr());
+  const auto* offsets = static_cast<const uint16_t*>(given.offsets->const_data_ptr());
+  const auto* multipliers = static_cast<const uint8_t*>(given.multipliers->const_data_ptr());
+  auto* target = static_cast<TwoLevels*>(stream.mutable_data_ptr());
+  torch::stable::parallel_for(0, shape.panels(), 1, [&](int64_t begin, int64_t end) {
+    pack_two_levels(scales, offsets, multipliers, shape, begin, end, target);
+  });
+}
+
 Packed pack(const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros, const OptionalTensor& offsets,
-            const WeightOptions& options) {
-  const PackedWeight shape = check_canonical(codes, scales, zeros, offsets, options);
-  const std::vector<int64_t> streams{shape.panels(), shape.groups, kPanelRows};
+            const WeightOptions& options, const OptionalTensor& multipliers) {
+  const Canonical given{codes, scales, zeros, offsets, multipliers};
+  const PackedWeight shape = check_canonical(given, options);
   Tensor packed = torch::stable::new_empty(codes, {shape.panels(), shape.panel_bytes() / kLineBytes, kLineBytes});
   advise_huge_pages(packed.mutable_data_ptr(), size_t(shape.panels() * shape.panel_bytes()));
   fill_panels(codes, shape, packed);
+  if (multipliers) {
+    Tensor records = torch::stable::new_empty(codes, records_shape(shape));
+    fill_records(given, shape, records);
+    return {packed, records, torch::stable::new_empty(scales, {0})};
+  }
   const auto pack_stream = [&](const Tensor& values) {
-    Tensor stream = torch::stable::new_empty(values, streams);
+    Tensor stream = torch::stable::new_empty(values, {shape.panels(), shape.groups, kPanelRows});
     fill_stream(values, shape, stream);
     return stream;
   };
@@ -81,17 +119,35 @@ Packed pack(const Tensor& codes, const Tensor& scales, const OptionalTensor& zer
 }
 
 void pack_into(const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros, const OptionalTensor& offsets,
-               Tensor packed, Tensor packed_scales, OptionalTensor packed_offsets, const WeightOptions& options) {
-  const PackedWeight shape = check_canonical(codes, scales, zeros, offsets, options);
-  const OptionalTensor& given = zeros ? zeros : offsets;
+               Tensor packed, Tensor packed_scales, OptionalTensor packed_offsets, const WeightOptions& options,
+               const OptionalTensor& multipliers) {
+  const Canonical given{codes, scales, zeros, offsets, multipliers};
+  const PackedWeight shape = check_canonical(given, options);
   const PackedWeight target =
       view_weight({packed, packed_scales, packed_offsets}, shape.out_features, shape.in_features, options);
   STD_TORCH_CHECK(target.scale_type == shape.scale_type && target.offset == shape.offset,
                   "torch_int4: packed_scales and packed_offsets must be of the types of the scales and of the zeros or "
                   "offsets, and be there if those are");
   fill_panels(codes, shape, packed);
+  if (multipliers) return fill_records(given, shape, packed_scales);
   fill_stream(scales, shape, packed_scales);
-  if (given) fill_stream(*given, shape, *packed_offsets);
+  const OptionalTensor& added = zeros ? zeros : offsets;
+  if (added) fill_stream(*added, shape, *packed_offsets);
+}
+
+// Scales, offsets and multipliers, of a weight whose scales have two levels.
+Packed unpack_records(const Tensor& records, const PackedWeight& w) {
+  const int64_t rows = w.out_features, each = w.groups / kRecordGroups;
+  Tensor scales = torch::stable::new_empty(records, {rows, each}, ScalarType::Half);
+  Tensor offsets = torch::stable::new_empty(scales, {rows, each});
+  Tensor multipliers = torch::stable::new_empty(records, {rows, w.groups, 2});
+  auto* scale = static_cast<uint16_t*>(scales.mutable_data_ptr());
+  auto* offset = static_cast<uint16_t*>(offsets.mutable_data_ptr());
+  auto* multiplier = static_cast<uint8_t*>(multipliers.mutable_data_ptr());
+  torch::stable::parallel_for(0, w.panels(), 4, [&](int64_t begin, int64_t end) {
+    unpack_two_levels(w, begin, end, scale, offset, multiplier);
+  });
+  return {scales, offsets, multipliers};
 }
 
 Packed unpack(const WeightTensors& given, int64_t out_features, int64_t in_features, const WeightOptions& options) {
@@ -100,6 +156,10 @@ Packed unpack(const WeightTensors& given, int64_t out_features, int64_t in_featu
   auto* target = static_cast<uint8_t*>(codes.mutable_data_ptr());
   torch::stable::parallel_for(0, w.panels(), 4,
                               [&](int64_t begin, int64_t end) { unpack_codes(w, begin, end, target); });
+  if (w.offset == Offset::kTwoLevel) {
+    auto [scales, offsets, _] = unpack_records(given.scales, w);
+    return {codes, scales, offsets};
+  }
   const auto unpack_stream = [&](const Tensor& stream) {
     Tensor values = torch::stable::new_empty(stream, {out_features, w.groups});
     const void* data = stream.const_data_ptr();
@@ -111,6 +171,14 @@ Packed unpack(const WeightTensors& given, int64_t out_features, int64_t in_featu
   };
   Tensor offsets = given.offsets ? unpack_stream(*given.offsets) : torch::stable::new_empty(given.scales, {0});
   return {codes, unpack_stream(given.scales), offsets};
+}
+
+Tensor unpack_multipliers(const Tensor& scales, int64_t out_features, int64_t in_features) {
+  PackedWeight w = make_shape(out_features, in_features, kSlab, "int4");  // records are the same for every type
+  check_records(w);
+  check_tensor(scales, "scales", ScalarType::Byte, "uint8", records_shape(w));
+  w.scales = scales.const_data_ptr();
+  return std::get<2>(unpack_records(scales, w));
 }
 
 Tensor dequantize_op(const WeightTensors& given, const OptionalTensor& perm, int64_t out_features, int64_t in_features,
@@ -163,16 +231,18 @@ std::string isas(bool only_supported) {
 
 STABLE_TORCH_LIBRARY(torch_int4, m) {
   m.def(schema("pack", "(Tensor, Tensor, Tensor)",
-               "Tensor codes, Tensor scales, Tensor? zeros=None, Tensor? offsets=None, *", WeightOptions::schema())
+               "Tensor codes, Tensor scales, Tensor? zeros=None, Tensor? offsets=None, *", WeightOptions::schema(),
+               "Tensor? multipliers=None")
             .c_str());
   m.def(schema("pack_into", "()",
                "Tensor codes, Tensor scales, Tensor? zeros, Tensor? offsets, Tensor(a!) packed, Tensor(b!) "
                "packed_scales, Tensor(c!)? packed_offsets, *",
-               WeightOptions::schema())
+               WeightOptions::schema(), "Tensor? multipliers=None")
             .c_str());
   m.def(schema("unpack", "(Tensor, Tensor, Tensor)", WeightTensors::schema(), "*, int out_features, int in_features",
                WeightOptions::schema())
             .c_str());
+  m.def("unpack_multipliers(Tensor scales, *, int out_features, int in_features) -> Tensor");
   m.def(schema("dequantize", "Tensor", WeightTensors::schema(), "Tensor? perm, *, int out_features, int in_features",
                WeightOptions::schema(), "ScalarType dtype=float")
             .c_str());
@@ -193,6 +263,7 @@ STABLE_TORCH_LIBRARY_IMPL(torch_int4, CPU, m) {
   m.impl("pack", boxed<&pack>);
   m.impl("pack_into", boxed<&pack_into>);
   m.impl("unpack", boxed<&unpack>);
+  m.impl("unpack_multipliers", boxed<&unpack_multipliers>);
   m.impl("dequantize", boxed<&dequantize_op>);
   m.impl("int4_linear", boxed<&int4_linear>);
   m.impl("int4_linears", boxed<&int4_linears>);

@@ -127,7 +127,9 @@ extern "C" PyMODINIT_FUNC PyInit__C(void) {
   PyObject* module = PyModule_Create(&definition);
   if (!module || PyModule_AddIntConstant(module, "PANEL_ROWS", torch_int4::kPanelRows) ||
       PyModule_AddIntConstant(module, "LINE_BYTES", torch_int4::kLineBytes) ||
-      PyModule_AddIntConstant(module, "SLAB", torch_int4::kSlab)) {
+      PyModule_AddIntConstant(module, "SLAB", torch_int4::kSlab) ||
+      PyModule_AddIntConstant(module, "RECORD_GROUPS", torch_int4::kRecordGroups) ||
+      PyModule_AddIntConstant(module, "RECORD_BYTES", long(sizeof(torch_int4::TwoLevels)))) {
     Py_XDECREF(module);
     return nullptr;
   }

@@ -33,6 +33,21 @@ Compute compute_type(const std::string& name) {
   return Compute::kFp32;
 }
 
+bool has_two_levels(const Tensor& scales) {
+  return scales.scalar_type() == ScalarType::Byte && scales.dim() == 3 && scales.size(2) == sizeof(TwoLevels);
+}
+
+std::vector<int64_t> records_shape(const PackedWeight& w) {
+  return {w.panels(), w.groups / kRecordGroups, int64_t(sizeof(TwoLevels))};
+}
+
+void check_records(const PackedWeight& shape) {
+  constexpr int kInputs = kRecordGroups * kSlab;
+  STD_TORCH_CHECK(!shape.book && shape.group == kSlab && shape.in_features % kInputs == 0,
+                  "torch_int4: scales of two levels need groups of ", kSlab,
+                  " inputs, in_features that are a multiple ", "of ", kInputs, ", and no code book");
+}
+
 void check_offset(const PackedWeight& w) {
   STD_TORCH_CHECK(!w.book || w.offset == Offset::kSymmetric, "torch_int4: a weight with a code book has no offsets");
   STD_TORCH_CHECK(w.scale_type != ScaleType::kE8M0 || w.offset != Offset::kFloat,
@@ -67,6 +82,16 @@ PackedWeight view_weight(const WeightTensors& given, int64_t out_features, int64
   const Tensor& scales = given.scales;
   check_tensor(given.codes, "weight", ScalarType::Byte, "uint8",
                {w.panels(), w.panel_bytes() / kLineBytes, kLineBytes});
+  w.codes = static_cast<const uint8_t*>(given.codes.const_data_ptr());
+  w.scales = scales.const_data_ptr();
+  if (has_two_levels(scales)) {
+    check_records(w);
+    STD_TORCH_CHECK(!given.offsets, "torch_int4: scales of two levels hold the offsets; give no others");
+    check_tensor(scales, "scales", ScalarType::Byte, "uint8", records_shape(w));
+    w.scale_type = ScaleType::kF16;
+    w.offset = Offset::kTwoLevel;
+    return w;
+  }
   w.scale_type = scale_type(scales);
   const std::vector<int64_t> parameters{w.panels(), w.groups, kPanelRows};
   check_tensor(scales, "scales", scales.scalar_type(), "float16, float32 or uint8", parameters);
@@ -79,8 +104,6 @@ PackedWeight view_weight(const WeightTensors& given, int64_t out_features, int64
     w.offsets = given.offsets->const_data_ptr();
   }
   check_offset(w);
-  w.codes = static_cast<const uint8_t*>(given.codes.const_data_ptr());
-  w.scales = scales.const_data_ptr();
   return w;
 }
 

@@ -7,6 +7,15 @@ namespace torch_int4 {
 ScaleType scale_type(const Tensor& scales);
 Compute compute_type(const std::string& name);
 
+// Whether a stream of scales is one of records (TwoLevels), which hold the offsets too.
+bool has_two_levels(const Tensor& scales);
+
+// The shape of such a stream.
+std::vector<int64_t> records_shape(const PackedWeight& w);
+
+// That the groups of a weight fill such records.
+void check_records(const PackedWeight& shape);
+
 // Zero points suit integer codes, float offsets scales that are floats; values of a code book stand as they are.
 void check_offset(const PackedWeight& w);
 

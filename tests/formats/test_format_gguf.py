@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from torch_int4 import Int4Error, Int4Linear, formats
+from torch_int4 import Int4Error, Int4Linear, Int4Weight, formats
 from torch_int4.formats import Settings
 from torch_int4.formats.gguf import BLOCKS, dense
 
@@ -43,6 +43,28 @@ def test_every_type_is_taken_over_bit_by_bit(kind, rows, inputs):
     assert torch.equal(weight.dequantize(), expanded(raw, kind).reshape(rows, inputs))
     packed = Int4Linear(weight, compute="fp32")
     assert torch.equal(packed.dequantize(), weight.dequantize())
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("IQ4_NL", 4.5), ("IQ4_XS", 5.0)])
+def test_the_values_of_iq4_are_a_code_book(kind, bits):
+    """With the bits of products of the same values as codes of 8 bits."""
+    weight = read(random_blocks(kind, 32, 512), kind, (32, 512))
+    linear = Int4Linear(weight)
+    assert linear.nbytes * 8 / weight.codes.numel() == bits
+    values = torch.ops.torch_int4.codebook("iq4_nl")
+    assert tuple(values.tolist()) == gguf.quants.IQ4_NL.kvalues
+    wide = (values[weight.codes.long()] + 128).to(torch.uint8)
+    x = torch.randn(5, 512, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(linear(x), Int4Linear(Int4Weight(wide, weight.scales, bits=8))(x))
+
+
+@pytest.mark.parametrize(("kind", "stored", "most"), [("Q4_K", 4.5, 4.625), ("Q5_K", 5.5, 8.625)])
+def test_two_levels_of_scales_stay_two_levels(kind, stored, most):
+    weight = read(random_blocks(kind, 32, 1024), kind, (32, 1024))
+    per_block, size = BLOCKS[kind]
+    assert size * 8 / per_block == stored
+    assert Int4Linear(weight).nbytes * 8 / weight.codes.numel() == most
+    assert int(weight.multipliers.max()) < 64
 
 
 @pytest.mark.parametrize("kind", [k for k in BLOCKS if k in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4")])

@@ -9,7 +9,7 @@ from torch_int4.formats import get
 
 FORM = get("native")
 SETTINGS = FORM.settings({"quant_method": "torch_int4", "format": "native", "version": 1})
-FIELDS = ("codes", "scales", "zeros", "offsets", "perm")
+FIELDS = ("codes", "scales", "zeros", "offsets", "multipliers", "perm")
 
 
 def weights():
@@ -17,11 +17,13 @@ def weights():
         for bits in (4, 8):
             for rows, inputs, group in ((17, 72, 32), (1, 1, 32), (3, 33, -1), (2, 130, 128)):
                 yield random_weight(rows, inputs, group, kind, bits=bits)
-    for book in ("nf4", "fp4", "bnb_fp4"):
+    for book in ("nf4", "fp4", "bnb_fp4", "iq4_nl"):
         yield random_weight(5, 40, 32, codebook=book)
     shared = random_weight(4, 64, 32, codebook="fp4")
     shared.scales = torch.tensor([[0, 254], [127, 1], [2, 3], [100, 200]], dtype=torch.uint8)
     yield shared
+    yield random_weight(5, 512, 32, "records")
+    yield random_weight(3, 256, 32, "records", bits=8)
     ordered = random_weight(4, 64, 32, "integer")
     ordered.perm = torch.randperm(64, generator=torch.Generator().manual_seed(1))
     yield ordered

@@ -47,6 +47,32 @@ OF_FAMILY = {  # what a family needs besides
     "phi3": WINDOW,
     "phimoe": {**EXPERTS, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
 }
+LATENT = {
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+}
+CHOSEN = {"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+SPARSE = {  # models with experts, beyond those that are families
+    "afmoe": {"num_dense_layers": 1},
+    "cohere2_moe": {},
+    "deepseek_v2": {**CHOSEN, **LATENT},
+    "deepseek_v3": {**CHOSEN, **LATENT},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 0},
+    "flex_olmo": {},
+    "glm4_moe": CHOSEN,
+    "gpt_oss": {},
+    "granitemoe": {},
+    "lfm2_moe": {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
+    "minimax": {},
+    "olmoe": {},
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
+    "solar_open": CHOSEN,
+}
 NOT_GROUPED = ("falcon", "gpt_neox", "gptj", "gpt2", "opt")
 VARIANTS = {
     "cohere-norms": ("cohere", {"use_qk_norm": True, "logit_scale": 1.0}),
@@ -77,9 +103,11 @@ def family_of(name):
 
 def decoder(name, dtype=torch.float32):
     """A model whose every parameter matters."""
-    family, fields = VARIANTS.get(name, (name, {**OF_FAMILY.get(name, {}), **GENERIC.get(name, {})}))
+    family, fields = VARIANTS.get(
+        name, (name, {**OF_FAMILY.get(name, {}), **GENERIC.get(name, {}), **SPARSE.get(name, {})})
+    )
     shape = {} if family in NOT_GROUPED else GROUPED
-    experts = EXPERTS if "moe" in family or family == "mixtral" else {}
+    experts = EXPERTS if name in SPARSE or "moe" in family or family == "mixtral" else {}
     config = AutoConfig.for_model(family, **{**COMMON, **shape, **experts, **fields})
     torch.manual_seed(len(name))
     model = AutoModelForCausalLM.from_config(config)

@@ -20,10 +20,12 @@ def random_weight(
     codebook: str | None = None,
     seed: int = 0,
 ) -> Int4Weight:
-    """A valid random weight; kind is symmetric, integer or float."""
+    """A valid random weight; kind is symmetric, integer, float, or "records" of scales with two levels."""
     g = torch.Generator().manual_seed(seed)
     groups = 1 if group_size == -1 else -(-inputs // group_size)
     codes = torch.randint(0, 2**bits, (rows, inputs), dtype=torch.uint8, generator=g)
+    if kind == "records":
+        return _two_levels(codes, bits, g)
     scales = ((torch.rand(rows, groups, generator=g) + 0.1) * 0.02).to(scale_dtype)
     zeros = offsets = None
     if kind == "integer":
@@ -33,6 +35,14 @@ def random_weight(
     if kind == "float":
         offsets = (torch.randn(rows, groups, generator=g) * 0.1).to(scale_dtype)
     return Int4Weight(codes, scales, zeros, offsets, None, group_size, bits, codebook).validate()
+
+
+def _two_levels(codes: Tensor, bits: int, g: torch.Generator) -> Int4Weight:
+    """Scales of both signs, and every multiplier of six bits."""
+    rows, inputs = codes.shape
+    shared = torch.randn(2, rows, inputs // 256, generator=g).mul_(1e-2).half()
+    multipliers = torch.randint(0, 64, (rows, inputs // 32, 2), dtype=torch.uint8, generator=g)
+    return Int4Weight(codes, shared[0], offsets=shared[1], bits=bits, multipliers=multipliers).validate()
 
 
 def block_size(inputs: int, group_size: int) -> int:

@@ -48,10 +48,26 @@ def dequantized(model, patched):
     """A float copy of the model with the weights that the patched one stands for."""
     reference = copy.deepcopy(model)
     for name, module in int4s(patched).items():
+        holder, _, linear = name.rpartition(".")
+        experts, _, number = holder.rpartition(".")
+        if number.isdigit() and hasattr(reference.get_submodule(experts), "is_transposed"):
+            part_of(reference.get_submodule(experts), int(number), linear).copy_(module.to_weight().dequantize())
+            continue
         old = reference.get_submodule(name)
         weight = module.to_weight().dequantize().to(old.weight.dtype)
         old.weight = nn.Parameter(weight if isinstance(old, nn.Linear) else weight.t().contiguous())
     return reference
+
+
+def part_of(experts, number, linear):
+    """The view of the weight of one expert's linear, in a stock module that keeps those of all in one tensor."""
+    name = linear if linear == "down_proj" or not experts.has_gate else "gate_up_proj"
+    weight = getattr(experts, name).data[number]
+    weight = weight.t() if experts.is_transposed else weight
+    if name != "gate_up_proj":
+        return weight
+    half, inner = int(linear == "up_proj"), weight.shape[0] // 2
+    return weight[half * inner :][:inner] if experts.is_concatenated else weight[half::2]
 
 
 def assert_same_model(model, patched, **tolerance):

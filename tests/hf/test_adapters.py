@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from decoders import MAIN, Calls, assert_near, decoder, pair, prompt
+from oracle import random_weight
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from torch_int4 import Int4Error, Int4Linear, patch
@@ -224,6 +225,16 @@ def test_requantizing_keeps_group_size_permutation_and_width(bits):
     other.perm = None
     with pytest.raises(Int4Error, match=r"cannot replace Int4Linear\(in_features=100"):
         linear.set_weight(other)
+
+
+def test_scales_of_two_levels_are_requantized_with_minima():
+    linear = Int4Linear.from_weight(random_weight(33, 512, 32, "records"))
+    dense = linear.dequantize() + 0.01
+    got = requantize(dense, linear)
+    assert got.offsets is not None
+    assert (got.dequantize() - dense).abs().max() <= 0.51 * got.scales.float().abs().amax()
+    linear.set_weight(got)
+    assert torch.equal(linear.dequantize(), got.dequantize())
 
 
 def test_code_books_are_not_requantized():

@@ -57,10 +57,17 @@ class Served:
         messages: Any = [{"role": "user", "content": text}]
         return self.client.chat.completions.create(model=self.name, messages=messages, **arguments)
 
-    def expected(self, text: str, tokens: int = 8) -> str:
+    def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(self.name)
+        if self.name.endswith(".gguf"):
+            from torch_int4.hf.gguf import load_tokenizer
+
+            return load_tokenizer(self.name)
+        return AutoTokenizer.from_pretrained(self.name)
+
+    def expected(self, text: str, tokens: int = 8) -> str:
+        tokenizer = self.tokenizer()
         messages = [{"role": "user", "content": text}]
         encoded = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
@@ -166,6 +173,24 @@ def test_loads_by_what_it_is_given(folder: Path) -> None:
     try:
         assert found.ask("Hello").choices[0].message.content == found.expected("Hello")
         assert asked == [str(folder)]
+    finally:
+        found.server.kill_server()
+
+
+@needs_server
+def test_serves_a_gguf_file_with_its_tokenizer(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="the package gguf is not installed")
+    from gguf_files import SIZES, write
+    from tiny_models import llama
+
+    from torch_int4.commands import _model
+
+    path = write(tmp_path / "chat.gguf", llama(**{**SIZES, "vocab_size": 272}), ["Q4_0"], tokenizer=True)
+    choice = _model.Choice(str(path), 32, None, "int8", "int8", "fp32", "auto", None)
+    found = Served(path, load=choice.model)
+    try:
+        assert found.ask("Hello").choices[0].message.content == found.expected("Hello")
+        assert any(isinstance(module, Int4Linear) for module in found.models[0].modules())
     finally:
         found.server.kill_server()
 

@@ -104,6 +104,25 @@ void run_gates() {
 
 enum class Size { kAll, kSmall, kTiny, kNone };
 
+// Scales and offsets of two levels, which have groups of 32 and whole records.
+void two_level_cases(const std::vector<int64_t>& rows, bool small, std::vector<Case>& all) {
+  const int64_t sizes[][2] = {{1, 256}, {33, 512}, {16, 768}, {100, 1280}};
+  int turn = 0;
+  for (int type = 0; type < 2; ++type) {
+    for (int compute = 0; compute < 4; ++compute) {
+      for (int data = 0; data < 3; ++data) {
+        for (int repeat = 0; repeat < (small ? 1 : 6); ++repeat, ++turn) {
+          const auto* size = sizes[turn % (small ? 3 : 4)];
+          const bool random = Data(data) == Data::kRandom;
+          all.push_back({random ? rows[size_t(turn * 5) % rows.size()] : compute + 4, size[0], size[1], 32,
+                         WeightType(type), Offset::kTwoLevel, Compute(compute), random ? DType(turn % 3) : DType::kF32,
+                         Data(data), ScaleType::kF16, turn % 5 == 4, turn % 4, turn % 7 < 3});
+        }
+      }
+    }
+  }
+}
+
 std::vector<Case> cases(Size extent) {
   std::vector<Case> all;
   const bool small = extent != Size::kAll;
@@ -132,6 +151,7 @@ std::vector<Case> cases(Size extent) {
       }
     }
   }
+  two_level_cases(rows, small, all);
   return all;
 }
 

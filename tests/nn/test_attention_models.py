@@ -182,7 +182,7 @@ def test_classes_keys_and_hooks_stay(name):
     assert all("fused by torch_int4" in m.extra_repr() for m in fused)
     assert len(fused) == patched.torch_int4_report.fused == 2
     for path, module in patched.named_modules():
-        if "Attention" in stock[path].__name__:
+        if path in stock and "Attention" in stock[path].__name__:  # experts have become linears
             assert isinstance(module, stock[path])
             assert type(module).__name__ == stock[path].__name__
     seen = []

@@ -35,6 +35,7 @@ def linears():
     ordered = random_weight(5, 33, 32, "integer")
     ordered.perm = torch.randperm(33, generator=torch.Generator().manual_seed(0))
     made["ordered"] = Int4Linear.from_weight(ordered)
+    made["records"] = Int4Linear.from_weight(random_weight(19, 512, 32, "records"), dtype=torch.bfloat16)
     return made
 
 

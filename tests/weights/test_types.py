@@ -18,7 +18,7 @@ def weight_of(kind: types.WeightType, rows: int = 18, inputs: int = 70) -> Int4W
 
 
 def test_files_refer_to_the_order_of_the_code_books() -> None:
-    assert types.CODEBOOKS[:3] == ("nf4", "fp4", "bnb_fp4")
+    assert types.CODEBOOKS[:4] == ("nf4", "fp4", "bnb_fp4", "iq4_nl")
     assert (types.INT4.zero, types.INT4.largest, types.INT8.zero, types.INT8.largest) == (8, 15, 128, 255)
     assert types.BITS == (4, 8)
 

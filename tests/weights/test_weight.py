@@ -80,6 +80,7 @@ def replaced(**fields):
 
 
 G = (5, 3)
+M = torch.zeros(5, 3, 2, dtype=torch.uint8)
 BROKEN = {
     "codes must be torch.uint8": {"codes": torch.zeros(5, 72, dtype=torch.int8)},
     "codes must be a tensor": {"codes": [[1]]},
@@ -105,6 +106,7 @@ BROKEN = {
     "perm must have shape": {"perm": torch.arange(71)},
     "perm is not a permutation": {"perm": torch.arange(72).clamp(max=70)},
     "not a permutation of 0..71": {"perm": torch.arange(72) - 1},
+    "multipliers need groups of 32 inputs and a multiple of 256 inputs, and these are 72": {"multipliers": M},
 }
 
 
@@ -112,6 +114,53 @@ BROKEN = {
 def test_validate_names_the_tensor_and_the_reason(message):
     with pytest.raises(Int4Error) as caught:
         replaced(**BROKEN[message]).validate("model.layers.3.q_proj")
+    assert str(caught.value).startswith("model.layers.3.q_proj: ")
+    assert message in str(caught.value)
+
+
+def two_levels(**fields):
+    """Of 512 inputs: 2 scales and 16 groups."""
+    weight = make(k=512, kind="float")
+    weight.scales, weight.offsets = weight.scales[:, :2].clone(), weight.offsets[:, :2].clone()
+    weight.multipliers = torch.randint(0, 256, (5, 16, 2), dtype=torch.uint8)
+    for name, value in fields.items():
+        setattr(weight, name, value)
+    return weight
+
+
+def test_two_levels_are_the_products_of_both():
+    weight = two_levels(perm=torch.randperm(512)).validate()
+    groups = [
+        make(k=512, kind="float").codes,
+        weight.scales.float().repeat_interleave(8, 1) * weight.multipliers[..., 0].float(),
+        weight.offsets.float().repeat_interleave(8, 1) * weight.multipliers[..., 1].float(),
+    ]
+    plain = Int4Weight(groups[0], groups[1], offsets=groups[2], perm=weight.perm).validate()
+    assert torch.equal(weight.dequantize(), plain.dequantize())
+    torch.testing.assert_close(weight.dequantize().double(), by_hand(plain), rtol=1e-6, atol=1e-4)
+    assert (weight.groups, weight.bits_per_weight) == (16, 4.625 + 64 / 5)
+
+
+BROKEN_LEVELS = {
+    "multipliers need groups of 32": {"group_size": 64},
+    "multipliers need offsets": {"offsets": None},
+    "and no codebook": {"codebook": "nf4"},
+    "multipliers must be torch.uint8": {"multipliers": torch.zeros(5, 16, 2)},
+    "multipliers must have shape [5, 16, 2]": {"multipliers": torch.zeros(5, 16, dtype=torch.uint8)},
+    "multipliers must be a tensor": {"multipliers": 1},
+    "scales must have shape [5, 2]": {"scales": torch.zeros(5, 16).half()},
+    "scales must be torch.float16, got torch.float32": {"scales": torch.zeros(5, 2)},
+    "scales hold NaN or infinity": {"scales": torch.full((5, 2), float("nan")).half()},
+    "offsets must have shape [5, 2]": {"offsets": torch.zeros(5, 16).half()},
+    "offsets hold NaN or infinity": {"offsets": torch.full((5, 2), float("inf")).half()},
+    "both zeros and offsets": {"zeros": torch.zeros(5, 2, dtype=torch.uint8)},
+}
+
+
+@pytest.mark.parametrize("message", BROKEN_LEVELS)
+def test_validate_names_what_is_wrong_with_two_levels(message):
+    with pytest.raises(Int4Error) as caught:
+        two_levels(**BROKEN_LEVELS[message]).validate("model.layers.3.q_proj")
     assert str(caught.value).startswith("model.layers.3.q_proj: ")
     assert message in str(caught.value)
 

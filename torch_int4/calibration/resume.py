@@ -15,10 +15,9 @@ from torch import Tensor
 
 from torch_int4.errors import Int4Error
 from torch_int4.support.atomic import replaced_file
-from torch_int4.weights.canonical import Int4Weight
+from torch_int4.weights.canonical import TENSORS, Int4Weight
 from torch_int4.weights.result import Extra, Result
 
-TENSORS = ("codes", "scales", "zeros", "offsets", "perm")
 FORMAT = 2  # raise it when what is saved, or how it is computed, changes
 
 

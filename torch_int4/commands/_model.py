@@ -11,7 +11,7 @@ import typer
 from torch_int4.errors import Int4Error
 
 Model = Annotated[
-    str | None, typer.Argument(help="Local model directory or Hub name; without it, SmolLM2-135M-Instruct.")
+    str | None, typer.Argument(help="Local model directory, .gguf file or Hub name; without it, SmolLM2-135M-Instruct.")
 ]
 GroupSize = Annotated[int, typer.Option(help="Inputs that share a scale: 32 to 1024, or -1.")]
 Symmetric = Annotated[
@@ -42,10 +42,10 @@ class Choice:
     threads: int | None
 
     def folder(self) -> str:
-        """The model that transformers loads: a directory or a name on the Hub.
+        """The model that is loaded: a directory, a GGUF file or a name on the Hub.
 
         Raises:
-            Int4Error: if it looks like a directory without a model.
+            Int4Error: if it looks like a directory without a model, or a file that is not there.
         """
         if self.name is None:
             from torch_int4.evals import models
@@ -54,6 +54,8 @@ class Choice:
         path = Path(self.name).expanduser()
         if path.is_dir() and not (path / "config.json").is_file():
             raise Int4Error(f"model directory {self.name!r}: no config.json there; name one written by save_pretrained")
+        if is_gguf(self.name) and not path.is_file():
+            raise Int4Error(f"model file {self.name!r}: does not exist")
         if not path.exists() and self.name.startswith((".", "/", "~")):
             raise Int4Error(f"model directory {self.name!r}: does not exist")
         return str(path) if path.exists() else self.name
@@ -92,6 +94,10 @@ class Choice:
 
         folder = self.folder()
         model = self.model(folder)
+        if is_gguf(folder):
+            from torch_int4.hf.gguf import load_tokenizer
+
+            return model, load_tokenizer(folder)
         try:
             return model, AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
@@ -110,6 +116,8 @@ class Choice:
 
         with models.quiet_transformers():
             try:
+                if is_gguf(folder):
+                    return self.prepare(torch_int4.from_pretrained(folder, dtype=self.dtype, **self.options()))
                 if getattr(AutoConfig.from_pretrained(folder), "quantization_config", None) is None:
                     model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype)
                 else:
@@ -121,6 +129,11 @@ class Choice:
             except (OSError, ValueError) as error:
                 raise Int4Error(f"model {folder!r}: transformers does not load it: {error}") from error
         return self.prepare(model.eval())
+
+
+def is_gguf(name: str) -> bool:
+    """Whether a model is a GGUF file, by its name."""
+    return name.endswith(".gguf")
 
 
 def require_dtype(dtype: str) -> str:

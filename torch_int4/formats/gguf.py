@@ -4,7 +4,8 @@ What lies on a grid that kernels have is taken over bit by bit, without rounding
 are fp16, q unsigned codes:
     Q4_0  w = d*(q - 8)          Q4_1    w = d*q + m             Q4_K    w = (d*s)*q - (dmin*t), 6-bit s and t
     Q5_0  w = d*(q - 16)         Q5_1    w = d*q + m             Q5_K    as Q4_K; five bits take eight here
-    Q8_0  w = d*q, q signed      IQ4_NL  w = d*value[q]          IQ4_XS  w = (d*s)*value[q], values are int8
+Q4_K and Q5_K keep their two levels: s and t are the `multipliers` of d and -dmin.
+    Q8_0  w = d*q, q signed      IQ4_NL  w = d*value[q]          IQ4_XS  w = (d*s)*value[q], the code book iq4_nl
     MXFP4 w = 2^(e - 127)*value[q], the code book E2M1
 The others (Q2_K, Q3_K, Q6_K with groups of 16, IQ1 ... IQ3, ternary) can only be expanded to floats: `dense`.
 Source: ggml's ggml-common.h and ggml-quants.c, and gguf-py 0.19, gguf/quants.py.
@@ -24,7 +25,6 @@ from torch_int4.formats.parts.format import Format, Settings
 from torch_int4.weights import nibbles
 from torch_int4.weights.canonical import Int4Weight
 
-IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 # type: (inputs, bytes) of a block
 BLOCKS = {
     "Q4_0": (32, 18),
@@ -228,7 +228,7 @@ def _q8_0(blocks: Tensor) -> Int4Weight:
 
 
 def _iq4_nl(blocks: Tensor) -> Int4Weight:
-    return Int4Weight(_iq4_codes(_halves(blocks[..., 2:])), _half(blocks, 0), bits=8)
+    return Int4Weight(_halves(blocks[..., 2:]), _half(blocks, 0), codebook="iq4_nl")
 
 
 def _mxfp4(blocks: Tensor) -> Int4Weight:
@@ -236,16 +236,14 @@ def _mxfp4(blocks: Tensor) -> Int4Weight:
 
 
 def _q4_k(blocks: Tensor) -> Int4Weight:
-    scales, offsets = _k_scales(blocks)
-    return Int4Weight(_k_nibbles(blocks[..., 16:]), scales, offsets=offsets)
+    return _two_levels(blocks, _k_nibbles(blocks[..., 16:]), 4)
 
 
 def _q5_k(blocks: Tensor) -> Int4Weight:
-    scales, offsets = _k_scales(blocks)
     # byte i of the high bits holds those of input i of each of the eight groups
     high = (blocks[..., None, 16:48] >> torch.arange(8, dtype=torch.uint8)[:, None]) & 1
     codes = _k_nibbles(blocks[..., 48:]) | (high << 4).flatten(1)
-    return Int4Weight(codes, scales, offsets=offsets, bits=8)
+    return _two_levels(blocks, codes, 8)
 
 
 def _iq4_xs(blocks: Tensor) -> Int4Weight:
@@ -254,11 +252,7 @@ def _iq4_xs(blocks: Tensor) -> Int4Weight:
     low = nibbles.split(blocks[..., 4:8]).int()
     scales = _half(blocks, 0).float()[..., None] * ((low | (high << 4)) - 32)
     codes = _halves(blocks[..., 8:].unflatten(-1, (8, 16)).flatten(1, 2))
-    return Int4Weight(_iq4_codes(codes), scales.flatten(1), bits=8)
-
-
-def _iq4_codes(codes: Tensor) -> Tensor:
-    return torch.tensor([value + 128 for value in IQ4_VALUES], dtype=torch.uint8)[codes.long()]
+    return Int4Weight(codes, scales.flatten(1), codebook="iq4_nl")
 
 
 def _k_nibbles(packed: Tensor) -> Tensor:
@@ -267,8 +261,8 @@ def _k_nibbles(packed: Tensor) -> Tensor:
     return torch.stack(nibbles.low_high(parts), dim=-2).flatten(1)
 
 
-def _k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 scales and offsets `[N, groups]` of Q4_K and Q5_K; their products with six bits are exact in fp32.
+def _two_levels(blocks: Tensor, codes: Tensor, bits: int) -> Int4Weight:
+    """A weight of Q4_K or Q5_K: its scales d and offsets -dmin, and the multipliers of both.
 
     Twelve bytes hold eight 6-bit scales and eight 6-bit minima: those of groups 0-3 in the low bits of bytes 0-3 and
     4-7; those of groups 4-7 as nibbles of bytes 8-11, with their top two bits above the former.
@@ -278,8 +272,8 @@ def _k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
     low, high = nibbles.low_high(third)
     scales = torch.cat((first & 63, nibbles.pair(low, first >> 6)), dim=-1)
     minima = torch.cat((second & 63, nibbles.pair(high, second >> 6)), dim=-1)
-    d, dmin = _half(blocks, 0).float(), _half(blocks, 2).float()
-    return (d[..., None] * scales).flatten(1), -(dmin[..., None] * minima).flatten(1)
+    multipliers = torch.stack((scales.flatten(1), minima.flatten(1)), dim=-1)
+    return Int4Weight(codes, _half(blocks, 0), offsets=-_half(blocks, 2), bits=bits, multipliers=multipliers)
 
 
 DECODERS: dict[str, Callable[[Tensor], Int4Weight]] = {

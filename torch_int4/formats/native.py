@@ -5,6 +5,7 @@ Per linear of N outputs and K inputs, with G groups:
     int4_scales   float16, bfloat16, float32 or uint8 [N, G]
     int4_zeros    uint8 [N, G], or
     int4_offsets  [N, G] in the scales' dtype; neither when symmetric
+    int4_multipliers  uint8 [N, G, 2]; scales and offsets are then float16 [N, G / 8]
     int4_perm     int64 [K], when columns are permuted
     int4_layout   int64 [5]: bits, group size, code book (0 none, else 1 + its place in `CODEBOOKS`), N, K
 The meaning of each is that of `Int4Weight`; `CODEBOOKS` are the code books in the table of `weights/types.py`.
@@ -21,14 +22,14 @@ from torch import Tensor
 from torch_int4.errors import Int4Error
 from torch_int4.formats.parts.format import Format, Settings
 from torch_int4.weights import nibbles
-from torch_int4.weights.canonical import SCALE_DTYPES, Int4Weight
+from torch_int4.weights.canonical import RECORD_GROUPS, SCALE_DTYPES, Int4Weight
 from torch_int4.weights.types import BITS, CODEBOOKS
 
 VERSION = 1
 WITH_EXTRAS = 2  # of models whose linears have extras, which readers of version 1 would leave out
 _EXTRAS = "extras"
 _PREFIX = "int4_"
-_OPTIONAL = ("zeros", "offsets", "perm")
+_OPTIONAL = ("zeros", "offsets", "multipliers", "perm")
 
 
 class Native(Format):
@@ -66,12 +67,16 @@ class Native(Format):
         codes = _tensor(tensors, "codes", name, (torch.uint8,), (rows, -(-inputs // 2) if bits == 4 else inputs))
         codes = nibbles.restored(codes, bits, inputs)
         groups = 1 if size == -1 else -(-inputs // size)
-        scales = _tensor(tensors, "scales", name, SCALE_DTYPES, (rows, groups))
         fields: dict[str, Tensor] = {}
+        each = groups  # groups of a scale
+        if "int4_multipliers" in tensors:
+            fields["multipliers"] = _tensor(tensors, "multipliers", name, (torch.uint8,), (rows, groups, 2))
+            each = groups // RECORD_GROUPS
+        scales = _tensor(tensors, "scales", name, SCALE_DTYPES, (rows, each))
         if "int4_zeros" in tensors:
             fields["zeros"] = _tensor(tensors, "zeros", name, (torch.uint8,), (rows, groups))
         if "int4_offsets" in tensors:
-            fields["offsets"] = _tensor(tensors, "offsets", name, (scales.dtype,), (rows, groups))
+            fields["offsets"] = _tensor(tensors, "offsets", name, (scales.dtype,), (rows, each))
         if "int4_perm" in tensors:
             fields["perm"] = _tensor(tensors, "perm", name, (torch.int64,), (inputs,))
         codebook = CODEBOOKS[book - 1] if book else None

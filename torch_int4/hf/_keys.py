@@ -8,6 +8,11 @@ from typing import Any
 
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+# The linears of experts whose weights transformers puts into one tensor, in the order in which it concatenates them.
+PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
+_EXPERT = re.compile(r"\.(\d+)\.[^.]+\.[^.]+$")
+_LINEAR = re.compile(r"(?P<module>.+)\.(?P<number>\d+)\.(?P<linear>gate_proj|up_proj|down_proj)\.(?P<tensor>[^.]+)")
+
 
 class Names:
     """From the names of a checkpoint to those of a model on the meta device, before linears are taken out of it."""
@@ -18,14 +23,46 @@ class Names:
         self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
         self._prefix = model.base_model_prefix
         self._known = model.state_dict()
+        self._wanted = list(self._known)
+        self._experts: set[str] = set()
         self._ignored = ""
 
     def target(self, key: str) -> str | None:
         """The model's name of a tensor; None where several tensors become one, or one becomes several."""
+        expert = self._of_expert(key)
+        if expert is not None and expert[0] in self._experts:
+            return ".".join(expert)
         renamed, pattern = self._rename(key, self._renamings, self._converters)
         if renamed not in self._known and key in self._known:
             renamed, pattern = self._rename(key, [], [])
         return renamed if pattern is None else None
+
+    def stored_by_expert(self, source: Iterable[str]) -> set[str]:
+        """Names of the experts modules whose weights a checkpoint has one by one, expert by expert."""
+        found = (self._of_expert(f"{key.rpartition('.')[0]}.weight") for key in source)
+        return {expert[0] for expert in found if expert is not None}
+
+    def split(self, model: Any, experts: set[str]) -> None:
+        """Takes in that these experts modules of the model have linears now."""
+        self._experts, self._wanted = experts, list(model.state_dict())
+
+    def _of_expert(self, key: str) -> tuple[str, str, str, str] | None:
+        """The experts module, the number, the linear and the tensor that a name of a checkpoint stands for, if any."""
+        number = _EXPERT.search(key)
+        if number is None:
+            return None
+        renamed, pattern = self._rename(key, self._renamings, self._converters)
+        module, _, stack = renamed.rpartition(".")
+        if pattern is None:  # the names that experts have once they are linears
+            match = _LINEAR.fullmatch(renamed)
+            known = match is not None and f"{match['module']}.down_proj" in self._known
+            return (match["module"], match["number"], match["linear"], match["tensor"]) if match and known else None
+        for converter in self._converters:
+            if pattern in converter.source_patterns and stack in PARTS:
+                linears = PARTS[stack]
+                if len(converter.source_patterns) == len(linears) and renamed in self._known:
+                    return module, number[1], linears[converter.source_patterns.index(pattern)], "weight"
+        return None
 
     def missing(self, model: Any, keys: Iterable[str], quantized: Iterable[str]) -> list[str]:
         """Names of the model that a checkpoint lacks, given the linears that are quantized in it.
@@ -41,7 +78,9 @@ class Names:
             *(getattr(model, "all_tied_weights_keys", None) or ()),
         }
         patterns = model._keys_to_ignore_on_load_missing or ()
-        return [name for name in self._known if name not in found and not any(re.search(one, name) for one in patterns)]
+        return [
+            name for name in self._wanted if name not in found and not any(re.search(one, name) for one in patterns)
+        ]
 
     def _rename(self, key: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
         renamed: tuple[str, str | None] = rename_source_key(

@@ -112,10 +112,8 @@ def requantize(dense: Tensor, like: Int4Linear, *, name: str = "weight") -> Int4
     kind = like.packed_weight.type
     if kind.book is not None:
         raise Int4Error(f"{name}: there is no rounding to the code book {like.weight_type!r}; leave it unmerged")
-    offsets = like.packed_offsets
-    integer = offsets is None or offsets.dtype == torch.uint8
-    zeros = "integer" if integer else "float"
-    options = WeightOptions(group_size=like.group_size, symmetric=offsets is None, zeros=zeros)
+    offsets = like.packed_weight.offset_kind
+    options = WeightOptions(group_size=like.group_size, symmetric=offsets is None, zeros=offsets or "integer")
     ordered = dense if like.perm is None else dense[:, like.perm]
     result = rtn.quantize(ordered, options, bits=kind.bits, name=name)
     result.perm = like.perm

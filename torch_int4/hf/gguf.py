@@ -1,4 +1,4 @@
-"""GGUF files: their 4-bit blocks are packed as they are, and nothing is rounded again."""
+"""GGUF files as models: their blocks are packed as they are, and nothing is rounded again."""
 
 from __future__ import annotations
 
@@ -14,33 +14,109 @@ from torch_int4.config import Int4Config
 from torch_int4.errors import Int4Error
 from torch_int4.formats.gguf import BLOCKS, GgufBlocks
 from torch_int4.formats.parts.gguf_file import GgufFile, GgufTensor, open_gguf
+from torch_int4.formats.parts.gguf_split import parts_of, whole_file
 
 
 def from_gguf(
-    path: str | os.PathLike[str], config: Int4Config | None = None, *, model_class: Any = None, **options: Any
+    path: str | os.PathLike[str],
+    config: Int4Config | None = None,
+    *,
+    model_class: Any = None,
+    dtype: str | torch.dtype = "auto",
+    **options: Any,
 ) -> Any:
     """A patched model from a GGUF file on disk.
 
     transformers builds the model, with expanded weights; each linear whose weight is an expansion of blocks on a grid
     that kernels have (`formats/gguf.py`) then takes over these blocks, found by the bits of the weight and therefore
-    right by construction. Other linears are quantized as the config says. The model is held in fp32 meanwhile.
+    right by construction. Other linears are quantized as the config says, and the report names them and the types of
+    the file that are to blame. The model is held in fp32 meanwhile.
 
     Args:
-        path: the file.
+        path: the file; of a model in parts (`-00001-of-00003.gguf`) any of them.
         config: how to quantize the rest, and how to compute; the head is taken over unless `head="float"`.
         model_class: class to load with; transformers' `AutoModelForCausalLM` by default.
+        dtype: of the activations and of what stays in float: float32 ("auto"), bfloat16 or float16.
         **options: fields of `Int4Config`.
 
     Raises:
-        Int4Error: naming the tensor of a file that is damaged, or what transformers cannot read.
+        Int4Error: naming the tensor of a file that is damaged, a part that is missing, or what transformers cannot
+            read; or the file holds no language model.
     """
     from torch_int4.patching.patcher import patch
 
     config = Int4Config.with_overrides(config, **options)
-    file = open_gguf(Path(path))
-    model = _expand(Path(path), model_class)
-    take_over(model, file, config)
-    return patch(model, config)
+    floats = _float_type(dtype)
+    with whole_file(Path(path)) as whole:
+        file = open_gguf(whole)
+        _require_language_model(file)
+        model = _expand(whole, model_class)
+        taken = take_over(model, file, config)
+    _cast(model, floats)
+    model = patch(model, config)
+    model.torch_int4_report.notices += _rounded(model, file, taken)
+    return model
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Any:
+    """The tokenizer of a GGUF file, with the chat template that the file holds.
+
+    Args:
+        path: the file; of a model in parts any of them.
+
+    Raises:
+        Int4Error: the file is damaged, or holds no tokenizer that transformers reads.
+    """
+    from transformers import AutoTokenizer
+
+    first = parts_of(Path(path))[0]
+    _require_language_model(open_gguf(first))
+    try:
+        return AutoTokenizer.from_pretrained(str(first.parent), gguf_file=first.name, local_files_only=True)
+    except Exception as error:  # tokenizers raises this very type, and transformers whatever a lookup fails with
+        raise Int4Error(f"{first.name}: transformers does not read its tokenizer: {error!r}") from error
+
+
+def _float_type(dtype: str | torch.dtype) -> torch.dtype:
+    found = torch.float32 if dtype == "auto" else getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in (torch.float32, torch.bfloat16, torch.float16):
+        raise Int4Error(f"dtype must be auto, float32, bfloat16 or float16; got {dtype!r}")
+    return found
+
+
+def _rounded(model: Any, file: GgufFile, taken: list[str]) -> list[str]:
+    """For the report: the linears that are not what the file holds."""
+    names = [entry.name for entry in model.torch_int4_report.linears if entry.name not in taken]
+    if not names:
+        return []
+    others = {entry.kind for entry in file.tensors.values() if len(entry.shape) == 2 and entry.kind not in BLOCKS}
+    return [
+        f"rounded as the config says, because kernels have no grid for the blocks of the file "
+        f"({', '.join(sorted(others)) or 'merged or reshaped'}): {', '.join(names)}"
+    ]
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """What transformers' `from_pretrained(dtype=...)` makes of a float32 model: buffers, such as the frequencies of
+    rotary embeddings, and what the class keeps in float32 stay.
+    """
+    kept = {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
+    kept |= {*(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and kept.isdisjoint(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+
+
+def _require_language_model(file: GgufFile) -> None:
+    kind = file.metadata.get("general.type", "model")
+    if kind == "mmproj" or file.metadata.get("general.architecture") == "clip":
+        raise Int4Error(
+            f"{file.path.name}: holds the image or audio encoder of a multimodal model (mmproj) and no language model; "
+            "give the file of the language model, which then runs on text alone"
+        )
+    if kind != "model":
+        raise Int4Error(f"{file.path.name}: holds no model (general.type is {kind!r})")
 
 
 def take_over(model: nn.Module, file: GgufFile, config: Int4Config | None = None) -> list[str]:

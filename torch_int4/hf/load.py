@@ -32,7 +32,8 @@ def from_pretrained(
 
     Args:
         name_or_path: as for transformers' `from_pretrained`; or a file that ends in .gguf, whose blocks are taken over
-            (`hf/gguf.py`; then `options` are fields of `Int4Config` only).
+            if kernels have their grid; linears of other types are rounded, which the report says (`hf/gguf.py`; then
+            `options` are fields of `Int4Config` and `dtype` only).
         config: how to quantize a float checkpoint, and how to compute. For a quantized one only `compute`, `head`,
             `attention`, `kv_cache`, `embeddings` and `skip` may be given, and only as keywords.
         model_class: class to load with; transformers' `AutoModelForCausalLM` by default.

@@ -17,6 +17,7 @@ from torch_int4.formats.parts.files import Checkpoint
 from torch_int4.hf._fill import Reading, fill, plan_quantization, plan_reading
 from torch_int4.hf._keys import Names
 from torch_int4.nn.linear import Int4Linear
+from torch_int4.patching import experts
 from torch_int4.patching.loading import leave_floats, leave_hooked
 from torch_int4.patching.patcher import carry_out
 from torch_int4.patching.plan import Survey, decide
@@ -76,8 +77,11 @@ class Int4Quantizer(HfQuantizer):
         """Takes the linears that are read here out of transformers' hands, before it looks for their weights."""
         files, self._files = self._files, None
         if files is not None and Checkpoint.serves(files):
-            self._names, self._survey = Names(model, weight_conversions), Survey(model)
-            source = Checkpoint(files)
+            source, self._names = Checkpoint(files), Names(model, weight_conversions)
+            apart = self._names.stored_by_expert(source)
+            splits = experts.split(model, self.quantization_config, apart)
+            self._names.split(model, splits.names)
+            self._survey = Survey(model)
             if self.stored is not None:
                 config = self.quantization_config
                 self._reading = plan_reading(self._survey, self.stored, source, self._names, config)
@@ -97,13 +101,17 @@ class Int4Quantizer(HfQuantizer):
             report.linears = fill(model, reading, config, self._key(reading))
             reading.source.close()
             self._names.heed(model)
-        if survey is None or survey.model is not model or not survey.holds():
+        foreign = self.stored is not None and self.stored.foreign
+        whole = None if foreign else experts.split(model, config)  # those that the files hold in one tensor
+        if survey is None or survey.model is not model or (whole and whole.names) or not survey.holds():
             survey = Survey(model)
-        if self.stored is not None and self.stored.foreign:
+        if foreign:
             config = leave_floats(survey, config)
         config = leave_hooked(survey, config)
         report.config = config
-        carry_out(decide(survey, config), report, progress=False)
+        plan = decide(survey, config)
+        plan.skipped += whole.skipped if whole else []
+        carry_out(plan, report, progress=False)
         model.config.quantization_config = config
         return model
 

@@ -40,7 +40,7 @@ def serve(
     """Serve a model on 127.0.0.1 until interrupted; in the background, returns transformers' server at once.
 
     Args:
-        model: a local directory or a Hub name, and the name that clients give.
+        model: a local directory, a GGUF file or a Hub name, and the name that clients give.
         prepare: what is done with the model once it is loaded, `torch_int4.patch` with its options; returns it.
         load: what makes the model from its name, instead of transformers' server: for quantized checkpoints.
         port: where to listen; 0 is not accepted, for nobody would learn which one it is.
@@ -100,6 +100,13 @@ def _manager(stock: Any, prepare: Prepare, load: Callable[[str], Any] | None) ->
 
         def _load_model(self, *args: Any, **kwargs: Any) -> Any:
             return prepare(super()._load_model(*args, **kwargs) if load is None else load(self.force_model))
+
+        def _load_processor(self, *args: Any, **kwargs: Any) -> Any:
+            if not self.force_model.endswith(".gguf"):
+                return super()._load_processor(*args, **kwargs)
+            from torch_int4.hf.gguf import load_tokenizer
+
+            return load_tokenizer(self.force_model)
 
         def load_model_and_processor(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
             """As of transformers; the route /load_model could otherwise name any model of the Hub."""

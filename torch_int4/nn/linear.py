@@ -14,7 +14,7 @@ from torch_int4 import ops
 from torch_int4.errors import Int4Error
 from torch_int4.ops.calls import call
 from torch_int4.weights import nibbles, types
-from torch_int4.weights.canonical import Int4Weight
+from torch_int4.weights.canonical import TENSORS, Int4Weight
 from torch_int4.weights.packed import FIELDS, PackedWeight
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Int4Linear(nn.Linear):
 
     A subclass of `nn.Linear`, so that walks over a model, PEFT and accelerate find it; its `weight` is None. Only the
     packed form stays in memory. `state_dict()` holds the canonical form (`codes`, two per byte for int4; `scales`;
-    `zeros` or `offsets`; `perm`), and loading it packs again, bit by bit the same.
+    `zeros` or `offsets`; `multipliers`; `perm`), and loading it packs again, bit by bit the same.
     """
 
     packed: Tensor
@@ -197,7 +197,7 @@ class Int4Linear(nn.Linear):
             return
         weight = self.to_weight()
         destination[prefix + "codes"] = nibbles.stored(weight.codes, weight.bits)
-        for name in ("scales", "zeros", "offsets", "perm"):
+        for name in TENSORS[1:]:
             if (value := getattr(weight, name)) is not None:
                 destination[prefix + name] = value
 
@@ -211,9 +211,8 @@ class Int4Linear(nn.Linear):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        names = ("codes", "scales", "zeros", "offsets", "perm")
-        found = {name: state_dict[prefix + name] for name in names if prefix + name in state_dict}
-        rest = {key: value for key, value in state_dict.items() if key not in {prefix + name for name in names}}
+        found = {name: state_dict[prefix + name] for name in TENSORS if prefix + name in state_dict}
+        rest = {key: value for key, value in state_dict.items() if key not in {prefix + name for name in TENSORS}}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         absent = [prefix + name for name in ("codes", "scales") if name not in found]
         if absent:

@@ -2,8 +2,8 @@
 
 Packed weights are three tensors (see csrc/kernels/kernel.h): `weight` uint8 `[panels, lines, 64]`, `scales` float16,
 float32 or uint8 (powers of two, E8M0) `[panels, groups, 16]`, and `offsets` (uint8 zero points, or floats of the
-scales' type) or None. `weight_type` is the name of a row of the table in `weights/types.py`: "int4", "int8", or that of
-a code book.
+scales' type) or None; or, for scales and offsets of two levels, `scales` uint8 `[panels, groups / 8, 320]`.
+`weight_type` is the name of a row of the table in `weights/types.py`: "int4", "int8", or that of a code book.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from torch_int4 import _C
 from torch_int4.errors import Int4Error
-from torch_int4.ops import attention, layer
+from torch_int4.ops import attention, experts, layer
 from torch_int4.ops.fakes import fake
-from torch_int4.weights.packed import codes_shape, groups_of, stream_shape
+from torch_int4.weights.packed import are_records, codes_shape, groups_of, records_shape, stream_shape
 
-_REGISTER = (_C, attention, layer)  # imported because that registers operators, or their shapes
+_REGISTER = (_C, attention, experts, layer)  # imported because that registers operators, or their shapes
 
 
 def isa() -> str:
@@ -56,12 +56,16 @@ def _pack(
     offsets: Tensor | None,
     group_size: int,
     weight_type: str,
+    multipliers: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, inputs = codes.shape
+    packed = codes.new_empty(codes_shape(rows, inputs, weight_type))
+    if multipliers is not None:
+        return packed, codes.new_empty(records_shape(rows, inputs)), scales.new_empty(0)
     stream = stream_shape(rows, inputs, group_size)
     given = zeros if zeros is not None else offsets
     packed_offsets = scales.new_empty(0) if given is None else given.new_empty(stream)
-    return codes.new_empty(codes_shape(rows, inputs, weight_type)), scales.new_empty(stream), packed_offsets
+    return packed, scales.new_empty(stream), packed_offsets
 
 
 @fake("pack_into")
@@ -73,9 +77,18 @@ def _pack_into() -> None:
 def _unpack(
     weight: Tensor, scales: Tensor, offsets: Tensor | None, out_features: int, in_features: int, group_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
+    codes = weight.new_empty(out_features, in_features)
+    if are_records(scales):
+        levels = scales.new_empty(out_features, scales.shape[1], dtype=torch.float16)
+        return codes, levels, torch.empty_like(levels)
     streams = (out_features, groups_of(in_features, group_size))
     unpacked_offsets = scales.new_empty(0) if offsets is None else offsets.new_empty(streams)
-    return weight.new_empty(out_features, in_features), scales.new_empty(streams), unpacked_offsets
+    return codes, scales.new_empty(streams), unpacked_offsets
+
+
+@fake("unpack_multipliers")
+def _unpack_multipliers(scales: Tensor, out_features: int, in_features: int) -> Tensor:
+    return scales.new_empty(out_features, groups_of(in_features, _C.SLAB), 2)
 
 
 @fake("dequantize")

@@ -16,6 +16,7 @@ from torch_int4.nn.linear import Int4Linear
 from torch_int4.nn.shared_input import merge_inputs
 from torch_int4.patching import convert as _convert
 from torch_int4.patching import embedding as _embedding
+from torch_int4.patching import experts as _experts
 from torch_int4.patching import families
 from torch_int4.patching import foreign as _foreign
 from torch_int4.patching import fuse_attention as _attention
@@ -23,6 +24,7 @@ from torch_int4.patching import fuse_layers as _block
 from torch_int4.patching import fuse_stack as _stack
 from torch_int4.patching import stages as _stages
 from torch_int4.patching import ties as _ties
+from torch_int4.patching.floats import count_floats
 from torch_int4.patching.plan import Foreign, Plan, Survey, Target, decide
 from torch_int4.patching.refusals import Refusals
 from torch_int4.patching.report import PatchReport
@@ -72,7 +74,14 @@ def patch(
     if not isinstance(model, nn.Module):
         raise Int4Error(f"patch() needs a torch.nn.Module; got {type(model).__name__}")
     report = _previous_report(model, config) or PatchReport(config)
-    return carry_out(decide(Survey(model, given), config), report, (calibration, tokenizer), progress)
+    splits = _experts.split(model, config)
+    try:
+        plan = decide(Survey(model, given), config)
+        plan.skipped += splits.skipped
+        return carry_out(plan, report, (calibration, tokenizer), progress)
+    except Exception:
+        splits.undo()
+        raise
 
 
 def carry_out(
@@ -110,6 +119,7 @@ def carry_out(
     report.merged += _merge(model, plan.survey.families)
     _fuse(model, plan.survey.families, report)
     report.skipped = plan.skipped + plan.kept
+    report.floats = count_floats(model)
     report.complete = True
     _make_saveable(model, plan.config)
     return_memory()
@@ -135,6 +145,7 @@ def _fuse(model: nn.Module, by_module: dict[int, families.Family], report: Patch
     report.interfaces += fused.interfaces
     report.blocks += _block.fuse(model, by_module, refusals)
     _stack.fuse(model)
+    report.experts, report.experts_modules = _experts.fuse(model)
     report.unfused = refusals.lines()
     if report.unfused:
         warnings.warn(f"torch_int4: not fused, and so slower: {'. '.join(report.unfused)}", stacklevel=4)

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from torch_int4.config import Int4Config
+from torch_int4.patching.floats import Floats, told
 from torch_int4.weights.types import BITS
 
 MB = 1e6
@@ -44,10 +45,13 @@ class PatchReport:
         merged: operator calls that serve several linears with the same input.
         fused: attention modules that run fused.
         blocks: decoder layers that run fused around their attention.
+        experts: modules of experts that run in one operator.
+        experts_modules: modules of experts whose weights are linears.
         interfaces: decoders that call our attention by transformers' attention interface.
         unfused: what runs in stock modules although its family has a file, and why; a sentence for each kind.
         skipped: (name, reason) of every linear and embedding left in float.
         embeddings: (name, bytes before, bytes after) of embeddings stored in fewer bytes.
+        floats: the parameters that are in float, by the classes of the modules that hold them.
         notices: what the recipe could not do.
         complete: False while patching, and when it failed half way.
     """
@@ -57,10 +61,13 @@ class PatchReport:
     merged: int = 0
     fused: int = 0
     blocks: int = 0
+    experts: int = 0
+    experts_modules: int = 0
     interfaces: int = 0
     unfused: list[str] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     embeddings: list[tuple[str, int, int]] = field(default_factory=list)
+    floats: list[Floats] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     complete: bool = False
 
@@ -103,6 +110,8 @@ class PatchReport:
                 lines.append(f"decoder layers: {self.blocks} fused")
         elif self.interfaces:
             lines.append("attention: by transformers' attention interface")
+        if self.experts_modules:
+            lines.append(f"experts: {self.experts} of {self.experts_modules} layers run theirs in one operator")
         lines += [f"not fused: {sentence}" for sentence in self.unfused]
         for extra, count in Counter(extra for entry in self.linears for extra in entry.extras).items():
             lines.append(f"{extra}: {count} linears compute it besides their product, outside of fused layers")
@@ -111,6 +120,8 @@ class PatchReport:
                 lines.append(f"{entry.name}: its float weight stays in memory, because another module uses it")
         for name, before, after in self.embeddings:
             lines.append(f"{name}: embedding in bf16, {before / MB:.1f} MB -> {after / MB:.1f} MB")
+        if line := told(self.floats, sum(entry.weights for entry in self.linears)):
+            lines.append(line)
         lines += self.notices
         lines += [f"left in float: {name}: {reason}" for name, reason in self.skipped]
         if not self.complete:

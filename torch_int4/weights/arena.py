@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from torch_int4.weights.canonical import Int4Weight
-from torch_int4.weights.packed import codes_shape, stream_shape
+from torch_int4.weights.packed import codes_shape, records_shape, stream_shape
 
 SMALL = 32 << 20  # bytes; what is larger loses little at its ends
 LEAST = 1 << 20  # bytes; less is not worth a slab
@@ -35,7 +35,8 @@ class Size(NamedTuple):
         in_features: columns.
         group_size: inputs per group, or -1.
         weight_type: the name of its type.
-        offsets: None where it has none, "integer" (uint8) or "float" (as the scales).
+        offsets: None where it has none, "integer" (uint8), "float" (as the scales), or "records" where both have two
+            levels.
     """
 
     out_features: int
@@ -48,14 +49,19 @@ class Size(NamedTuple):
     def of(cls, weight: Int4Weight) -> Size:
         """The size that a canonical weight will have."""
         kind = "integer" if weight.zeros is not None else None if weight.offsets is None else "float"
+        if weight.multipliers is not None:
+            kind = "records"
         return cls(weight.out_features, weight.in_features, weight.group_size, weight.type.name, kind)
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes, of scales in 16 bits, and of offsets."""
+        codes = math.prod(codes_shape(self.out_features, self.in_features, self.weight_type))
+        if self.offsets == "records":
+            return codes + math.prod(records_shape(self.out_features, self.in_features))
         stream = math.prod(stream_shape(self.out_features, self.in_features, self.group_size))
         added = {None: 0, "integer": 1, "float": 2}[self.offsets]
-        return math.prod(codes_shape(self.out_features, self.in_features, self.weight_type)) + (2 + added) * stream
+        return codes + (2 + added) * stream
 
 
 class Arena:
@@ -74,8 +80,11 @@ class Arena:
         self._slabs: dict[torch.dtype, tuple[Tensor, int]] = {}  # and how much of them is used
         self._untrimmed = 0
         for size in sizes:
-            stream = math.prod(stream_shape(size.out_features, size.in_features, size.group_size))
             self._bytes.append(math.prod(codes_shape(size.out_features, size.in_features, size.weight_type)))
+            if size.offsets == "records":
+                self._bytes.append(math.prod(records_shape(size.out_features, size.in_features)))
+                continue
+            stream = math.prod(stream_shape(size.out_features, size.in_features, size.group_size))
             self._floats.append(stream)
             if size.offsets is not None:
                 (self._bytes if size.offsets == "integer" else self._floats).append(stream)

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torch_int4 import _C
 from torch_int4.errors import Int4Error
 from torch_int4.weights import types
 
+TENSORS = ("codes", "scales", "zeros", "offsets", "multipliers", "perm")  # of an `Int4Weight`
+RECORD_GROUPS = _C.RECORD_GROUPS  # groups that share a scale and an offset where there are multipliers
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 
 
@@ -36,18 +39,25 @@ class Int4Weight:
     Products and sums are single fp32 operations, so that a float weight that lies on such a grid comes back
     bit by bit.
 
+    Scales and offsets may have two levels, as those of GGUF's Q4_K: `scales` and `offsets` are then shared by eight
+    groups, and `multipliers` say how many times the one and the other each group takes; these products are exact.
+
     Attributes:
         codes: uint8 `[N, K]`, 0..2^bits - 1.
         scales: fp32, fp16 or bf16 `[N, G]`; a scale may be negative or zero. Or uint8: 2^(scale - 127), the shared
             exponents (E8M0) of MXFP4, which is the code book "fp4" with such scales and groups of 32.
+            With multipliers: fp16 `[N, G / 8]`.
         zeros: uint8 `[N, G]` integer zero points, or None.
-        offsets: `[N, G]` in the scales' dtype, the weight of code 0, or None.
+        offsets: shaped and typed as the scales, the weight of code 0, or None.
             With neither, the weight is symmetric: the zero point is 2^(bits - 1).
+        multipliers: uint8 `[N, G, 2]`, of the scale and of the offset of each group, or None. They need offsets, groups
+            of 32, and K to be a multiple of 256.
         perm: int64 `[K]` or None. Column k of the codes belongs to column `perm[k]` of the input.
         group_size: inputs per group along the columns of the codes, or -1 for one group per row.
         bits: 4 or 8.
         codebook: None, or the name of 16 values that 4-bit codes point to: "nf4" (QLoRA, arXiv 2305.14314), "fp4"
-            (E2M1 of the OCP Microscaling formats) or "bnb_fp4" (what bitsandbytes calls FP4).
+            (E2M1 of the OCP Microscaling formats), "bnb_fp4" (what bitsandbytes calls FP4) or "iq4_nl" (the integers
+            of GGUF's IQ4_NL and IQ4_XS).
             Then w = scales * value[codes], without zeros or offsets.
     """
 
@@ -59,6 +69,7 @@ class Int4Weight:
     group_size: int = 32
     bits: int = 4
     codebook: str | None = None
+    multipliers: Tensor | None = None
 
     @property
     def out_features(self) -> int:
@@ -86,7 +97,7 @@ class Int4Weight:
     @property
     def bits_per_weight(self) -> float:
         """Bits per weight with scales, offsets and permutation, before any padding."""
-        extra = [t for t in (self.scales, self.zeros, self.offsets, self.perm) if t is not None]
+        extra = [t for t in (getattr(self, name) for name in TENSORS[1:]) if t is not None]
         return self.bits + sum(8 * t.numel() * t.element_size() for t in extra) / self.codes.numel()
 
     def validate(self, name: str = "weight") -> Int4Weight:
@@ -97,6 +108,7 @@ class Int4Weight:
         """
         self._check_type(name)
         self._check_codes(name)
+        self._check_multipliers(name)
         self._check_scales(name)
         self._check_offsets(name)
         self._check_perm(name)
@@ -105,13 +117,14 @@ class Int4Weight:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The float weight `[N, K]`, columns in the order of the input (the permutation undone)."""
         out = torch.empty(self.codes.shape, dtype=dtype, device=self.codes.device)
+        every_scale, every_offset = self.group_scales(), self.group_offsets()
         for columns, groups, size in group_spans(self.in_features, self.group_size):
             codes = self.codes[:, columns].unflatten(1, (-1, size))
-            scales = self._float_scales()[:, groups, None]
+            scales = every_scale[:, groups, None]
             if self.codebook is not None:
                 values = torch.ops.torch_int4.codebook(self.codebook)[codes.long()].mul_(scales)
-            elif self.offsets is not None:
-                values = (scales * codes).add_(self.offsets[:, groups, None].float())
+            elif every_offset is not None:
+                values = (scales * codes).add_(every_offset[:, groups, None])
             else:
                 zeros = self.type.zero if self.zeros is None else self.zeros[:, groups, None].float()
                 values = (codes.float() - zeros).mul_(scales)
@@ -122,11 +135,25 @@ class Int4Weight:
         ordered[:, self.perm] = out
         return ordered
 
-    def _float_scales(self) -> Tensor:
+    def group_scales(self) -> Tensor:
+        """fp32 `[N, G]`, the scale of each group."""
+        if self.multipliers is not None:
+            return _two_levels(self.scales, self.multipliers[..., 0])
         if self.scales.dtype != torch.uint8:
             return self.scales.float()
         exponents = self.scales.int()
         return torch.where(exponents == 0, 0x00400000, exponents << 23).view(torch.float32)
+
+    def group_offsets(self) -> Tensor | None:
+        """fp32 `[N, G]`, the float offset of each group; None where there are none."""
+        if self.offsets is None or self.multipliers is None:
+            return None if self.offsets is None else self.offsets.float()
+        return _two_levels(self.offsets, self.multipliers[..., 1])
+
+    @property
+    def _shared_shape(self) -> tuple[int, int]:
+        """The shape of scales and offsets."""
+        return self.out_features, self.groups if self.multipliers is None else self.groups // RECORD_GROUPS
 
     def _check_type(self, name: str) -> None:
         if self.bits not in types.BITS:
@@ -146,13 +173,27 @@ class Int4Weight:
             raise Int4Error(f"{name}: group_size must be positive, or -1 for one group per row; got {size!r}")
 
     def _check_scales(self, name: str) -> None:
-        _check(name, "scales", self.scales, SCALE_DTYPES, (self.out_features, self.groups), self.codes.device)
+        dtypes = SCALE_DTYPES if self.multipliers is None else (torch.float16,)
+        _check(name, "scales", self.scales, dtypes, self._shared_shape, self.codes.device)
         finite = (self.scales != 255) if self.scales.dtype == torch.uint8 else torch.isfinite(self.scales)
         if not bool(finite.all()):
             raise Int4Error(f"{name}: scales hold NaN or infinity")
 
+    def _check_multipliers(self, name: str) -> None:
+        if self.multipliers is None:
+            return
+        size, inputs = _C.SLAB, RECORD_GROUPS * _C.SLAB
+        if self.group_size != size or self.in_features % inputs:
+            raise Int4Error(
+                f"{name}: multipliers need groups of {size} inputs and a multiple of {inputs} inputs, and these are "
+                f"{self.in_features} in groups of {self.group_size}"
+            )
+        if self.offsets is None or self.codebook is not None:
+            raise Int4Error(f"{name}: multipliers need offsets, and no codebook")
+        shape = (self.out_features, self.groups, 2)
+        _check(name, "multipliers", self.multipliers, (torch.uint8,), shape, self.codes.device)
+
     def _check_offsets(self, name: str) -> None:
-        shape = (self.out_features, self.groups)
         if self.zeros is not None and self.offsets is not None:
             raise Int4Error(f"{name}: has both zeros and offsets; give one of them, or neither when symmetric")
         if self.codebook is not None and (self.zeros is not None or self.offsets is not None):
@@ -160,10 +201,10 @@ class Int4Weight:
         if self.offsets is not None and self.scales.dtype == torch.uint8:
             raise Int4Error(f"{name}: offsets need scales that are floats, and these are exponents (uint8)")
         if self.zeros is not None:
-            _check(name, "zeros", self.zeros, (torch.uint8,), shape, self.codes.device)
+            _check(name, "zeros", self.zeros, (torch.uint8,), self._shared_shape, self.codes.device)
             self._check_range(name, "zeros", self.zeros)
         if self.offsets is not None:
-            _check(name, "offsets", self.offsets, (self.scales.dtype,), shape, self.codes.device)
+            _check(name, "offsets", self.offsets, (self.scales.dtype,), self._shared_shape, self.codes.device)
             if not bool(torch.isfinite(self.offsets).all()):
                 raise Int4Error(f"{name}: offsets hold NaN or infinity")
 
@@ -179,6 +220,10 @@ class Int4Weight:
         order = torch.arange(self.in_features, device=self.perm.device)
         if not torch.equal(self.perm.sort().values, order):
             raise Int4Error(f"{name}: perm is not a permutation of 0..{self.in_features - 1}")
+
+
+def _two_levels(shared: Tensor, multipliers: Tensor) -> Tensor:
+    return shared.float().repeat_interleave(RECORD_GROUPS, 1) * multipliers
 
 
 def _check(

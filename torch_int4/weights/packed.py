@@ -31,6 +31,16 @@ def stream_shape(out_features: int, in_features: int, group_size: int) -> tuple[
     return -(-out_features // _C.PANEL_ROWS), groups_of(in_features, group_size), _C.PANEL_ROWS
 
 
+def records_shape(out_features: int, in_features: int) -> tuple[int, int, int]:
+    """(panels, records, bytes of a record) of packed scales that have two levels, and hold the offsets."""
+    return -(-out_features // _C.PANEL_ROWS), in_features // (_C.RECORD_GROUPS * _C.SLAB), _C.RECORD_BYTES
+
+
+def are_records(scales: Tensor) -> bool:
+    """Whether packed scales are such records."""
+    return scales.dtype == torch.uint8 and scales.dim() == 3 and scales.shape[2] == _C.RECORD_BYTES
+
+
 def groups_of(in_features: int, group_size: int) -> int:
     """Groups of a row of a packed weight; -1 is one group per row."""
     padded = _padded(in_features)
@@ -47,8 +57,10 @@ class PackedWeight:
 
     Attributes:
         packed: uint8 `[panels, lines, 64]`, the codes of 16 rows in each panel.
-        scales: float16, float32 or uint8 (powers of two, E8M0) `[panels, groups, 16]`.
-        offsets: uint8 zero points or floats of the scales' type, shaped as they are; None for a symmetric weight.
+        scales: float16, float32 or uint8 (powers of two, E8M0) `[panels, groups, 16]`; or, of two levels, uint8
+            `[panels, groups / 8, 320]`, records that hold the offsets too (`TwoLevels` in kernel.h).
+        offsets: uint8 zero points or floats of the scales' type, shaped as they are; None for a symmetric weight, and
+            where the scales hold them.
         perm: int64 `[K]` or None. Column k of the codes belongs to column `perm[k]` of the input.
         out_features: N.
         in_features: K.
@@ -82,21 +94,33 @@ class PackedWeight:
         rows, inputs = weight.codes.shape
         name, size = weight.type.name, weight.group_size
         given = [None if t is None else t.contiguous() for t in (weight.codes, scales, weight.zeros, offsets)]
+        multipliers = None if weight.multipliers is None else weight.multipliers.contiguous()
+        options = {"group_size": size, "weight_type": name, "multipliers": multipliers}
         if memory is None:
-            packed, scales, offsets = torch.ops.torch_int4.pack(*given, group_size=size, weight_type=name)
+            packed, scales, offsets = torch.ops.torch_int4.pack(*given, **options)
             offsets = offsets if offsets.numel() else None
         else:
             stream, added = stream_shape(rows, inputs, size), weight.zeros if offsets is None else offsets
             packed = memory(codes_shape(rows, inputs, name), torch.uint8)
-            scales = memory(stream, scales.dtype)
-            offsets = None if added is None else memory(stream, added.dtype)
-            torch.ops.torch_int4.pack_into(*given, packed, scales, offsets, group_size=size, weight_type=name)
+            if multipliers is not None:
+                scales, offsets = memory(records_shape(rows, inputs), torch.uint8), None
+            else:
+                scales = memory(stream, scales.dtype)
+                offsets = None if added is None else memory(stream, added.dtype)
+            torch.ops.torch_int4.pack_into(*given, packed, scales, offsets, **options)
         return cls(packed, scales, offsets, weight.perm, rows, inputs, size, name)
 
     @property
     def type(self) -> types.WeightType:
         """The row of the table of types."""
         return types.named(self.weight_type)
+
+    @property
+    def offset_kind(self) -> str | None:
+        """None of a symmetric weight, "integer" of one with zero points, or "float"."""
+        if self.offsets is None:
+            return "float" if are_records(self.scales) else None
+        return "integer" if self.offsets.dtype == torch.uint8 else "float"
 
     @property
     def nbytes(self) -> int:
@@ -115,9 +139,12 @@ class PackedWeight:
         """
         stream = stream_shape(self.out_features, self.in_features, self.group_size)
         codes = codes_shape(self.out_features, self.in_features, self.weight_type)
+        two_levels = isinstance(self.scales, Tensor) and are_records(self.scales)
         wanted = (
             ((torch.uint8,), codes),
-            (SCALE_DTYPES, stream),
+            ((torch.uint8,), records_shape(self.out_features, self.in_features))
+            if two_levels
+            else (SCALE_DTYPES, stream),
             (OFFSET_DTYPES, stream),
             ((torch.int64,), (self.in_features,)),
         )
@@ -140,13 +167,17 @@ class PackedWeight:
             group_size=self.group_size,
             weight_type=self.weight_type,
         )
-        kept = None if self.offsets is None else offsets
-        integer = kept is not None and kept.dtype == torch.uint8
+        kind, multipliers = self.offset_kind, None
+        if are_records(self.scales):
+            multipliers = torch.ops.torch_int4.unpack_multipliers(
+                self.scales, out_features=self.out_features, in_features=self.in_features
+            )
         return Int4Weight(
             codes=codes,
             scales=scales,
-            zeros=kept if integer else None,
-            offsets=None if integer else kept,
+            zeros=offsets if kind == "integer" else None,
+            offsets=offsets if kind == "float" else None,
+            multipliers=multipliers,
             perm=self.perm,
             group_size=self.group_size,
             bits=self.type.bits,

@@ -105,6 +105,16 @@ TI4_INLINE typename V::F load_parameters(const void* p, ScaleType type, int64_t 
   return V::as_float(V::add_int(power, quiet));
 }
 
+// 16 scales and offsets of two levels, from element i on.
+template <class V>
+TI4_INLINE void load_two_levels(const void* records, int64_t i, typename V::F& scale, typename V::F& offset) {
+  const uint64_t group = uint64_t(i) / kPanelRows;
+  const TwoLevels& at = static_cast<const TwoLevels*>(records)[group / kRecordGroups];
+  const auto& multipliers = at.multipliers[group % kRecordGroups];
+  scale = V::mul(V::load_as(at.scale, DType::kF16), V::to_float(V::load_u8(multipliers[0])));
+  offset = V::mul(V::load_as(at.offset, DType::kF16), V::to_float(V::load_u8(multipliers[1])));
+}
+
 // One block of inputs of a panel, in integers, and its way into the sums of floats.
 template <class V, WeightType T, Offset O>
 struct Int8Block {
@@ -118,6 +128,10 @@ struct Int8Block {
   // Scales of type `type`, which the compiler may know, and offsets from element i on.
   static TI4_INLINE Group load_group(const PackedWeight& w, ScaleType type, int64_t i) {
     Group g{};
+    if constexpr (O == Offset::kTwoLevel) {
+      load_two_levels<V>(w.scales, i, g.scale, g.offset);
+      return g;
+    }
     g.scale = load_parameters<V>(w.scales, type, i);
     if constexpr (T == WeightType::kBook) g.scale = V::mul(g.scale, V::set(w.book->step));
     if constexpr (O == Offset::kInteger) g.offset = V::to_float(V::load_u8(static_cast<const uint8_t*>(w.offsets) + i));
@@ -136,7 +150,7 @@ struct Int8Block {
     F t = V::to_float(dot);
     if constexpr (O == Offset::kInteger) t = V::fnmadd(g.offset, V::set(float(a.sums[i])), t);
     acc = V::fmadd(t, V::mul(g.scale, V::set(a.scales[i])), acc);
-    if constexpr (O == Offset::kFloat) acc = V::fmadd(g.offset, V::set(a.scaled_sums[i]), acc);
+    if constexpr (adds_offset(O)) acc = V::fmadd(g.offset, V::set(a.scaled_sums[i]), acc);
     return acc;
   }
 

@@ -16,8 +16,9 @@ struct FloatLoops {
   static TI4_INLINE void dequantize(const PackedWeight& w, const uint8_t* codes, int64_t panel, int64_t group,
                                     int64_t inputs, bool bf16, float* target) {
     const int64_t parameter = (panel * w.groups + group) * kPanelRows;
-    const F scale = load_parameters<V>(w.scales, w.scale_type, parameter);
-    F zero = V::set(w.offset == Offset::kSymmetric ? float(zero_point(T)) : 0.f), offset = V::zero();
+    F scale, zero = V::set(w.offset == Offset::kSymmetric ? float(zero_point(T)) : 0.f), offset = V::zero();
+    if (w.offset == Offset::kTwoLevel) load_two_levels<V>(w.scales, parameter, scale, offset);
+    else scale = load_parameters<V>(w.scales, w.scale_type, parameter);
     if (w.offset == Offset::kInteger)
       zero = V::to_float(V::load_u8(static_cast<const uint8_t*>(w.offsets) + parameter));
     if (w.offset == Offset::kFloat) offset = load_parameters<V>(w.offsets, w.scale_type, parameter);

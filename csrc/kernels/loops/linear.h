@@ -168,7 +168,8 @@ void loops_linear_typed(const PackedWeight& w, const QuantizedRows& a, int64_t f
                         const Output& out) {
   if (w.offset == Offset::kSymmetric) Int8Loops<V, T, Offset::kSymmetric>::run(w, a, first, last, streams, out);
   else if (w.offset == Offset::kInteger) Int8Loops<V, T, Offset::kInteger>::run(w, a, first, last, streams, out);
-  else Int8Loops<V, T, Offset::kFloat>::run(w, a, first, last, streams, out);
+  else if (w.offset == Offset::kFloat) Int8Loops<V, T, Offset::kFloat>::run(w, a, first, last, streams, out);
+  else Int8Loops<V, T, Offset::kTwoLevel>::run(w, a, first, last, streams, out);
 }
 
 template <class V>

@@ -41,12 +41,16 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A file whose header has been checked. `metadata` holds single values; arrays are counted, not kept."""
+    """A file whose header has been checked. `metadata` holds single values; arrays are counted, not kept.
+
+    `spans` are the first and the last place, in bytes, of each entry of the metadata.
+    """
 
     path: Path
     version: int
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
+    spans: dict[str, tuple[int, int]]
 
     def read(self, name: str) -> Tensor:
         """The bytes of one tensor: uint8 `[..., bytes per row]`, a copy."""
@@ -75,13 +79,13 @@ def open_gguf(path: str | Path) -> GgufFile:
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         reader = _Reader(data, path.name)
         version, tensors, entries = _preamble(reader)
-        metadata = _metadata(reader, entries)
+        metadata, spans = _metadata(reader, entries)
         table = _tensor_table(reader, tensors)
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 0 < alignment <= 1 << 16 or alignment & (alignment - 1):
             raise Int4Error(f"{path.name}: general.alignment is {alignment!r}; it must be a power of two")
         start = -(-reader.position // alignment) * alignment
-    return GgufFile(path, version, metadata, _place(table, start, size, alignment, path.name))
+    return GgufFile(path, version, metadata, _place(table, start, size, alignment, path.name), spans)
 
 
 class _Reader:
@@ -133,14 +137,18 @@ def _preamble(reader: _Reader) -> tuple[int, int, int]:
     return version, tensors, entries
 
 
-def _metadata(reader: _Reader, count: int) -> dict[str, Any]:
+def _metadata(reader: _Reader, count: int) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
+    """The values, and the bytes of their entries."""
     metadata: dict[str, Any] = {}
+    spans: dict[str, tuple[int, int]] = {}
     for index in range(count):
+        begin = reader.position
         key = reader.text(f"metadata entry {index}")
         if key in metadata:
             raise Int4Error(f"{reader.name}: holds the metadata entry {key!r} twice")
         metadata[key] = _value(reader, reader.number("I", key), key)
-    return metadata
+        spans[key] = begin, reader.position
+    return metadata, spans
 
 
 def _value(reader: _Reader, kind: int, key: str) -> Any:
