@@ -195,5 +195,7 @@ def _may_merge(linear: Int4Linear) -> bool:
 def _make_saveable(model: nn.Module, config: Int4Config) -> None:
     if "transformers" in sys.modules:  # else there is nothing of theirs
         from torch_int4.checkpoint.saving import make_saveable
+        from torch_int4.patching.resize import make_resizable
 
+        make_resizable(model)
         make_saveable(model, config)
