@@ -55,7 +55,9 @@ def table(model: Any, ids: Any, *, window: int) -> Iterator[Row]:
 
         found = perplexity(model, ids, window=window, cache=new)
         layer = made[0].layers[0]
-        tensors = [t for t in (layer.keys, layer.values, layer.key_scales, layer.value_scales) if t is not None]
+        tensors = [
+            t for t in (layer.stored_keys, layer.stored_values, layer.key_scales, layer.value_scales) if t is not None
+        ]
         sizes[dtype] = sum(t[0, 0, 0].nbytes for t in tensors)
         return found
 

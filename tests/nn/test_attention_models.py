@@ -150,7 +150,7 @@ def test_smaller_caches(name, kv_cache, bound):
     assert_near(got, want, bound)
     assert (got - want).norm() > 1e-5 * want.norm()  # or the cache is not in that dtype
     stored = {"int8": torch.int8, "fp16": torch.float16}.get(kv_cache, torch.bfloat16)
-    assert all(layer.keys.dtype == layer.values.dtype == stored for layer in cache.layers)
+    assert all(layer.stored_keys.dtype == layer.stored_values.dtype == stored for layer in cache.layers)
 
 
 @pytest.mark.parametrize("name", MAIN)
@@ -164,7 +164,7 @@ def test_models_in_16_bits(name, dtype):
     ids = prompt(tokens=24)
     got, cache = steps(patched, ids, 16)
     want, _ = steps(stock, ids, 16)
-    assert got.dtype == cache.layers[0].keys.dtype == dtype
+    assert got.dtype == cache.layers[0].stored_keys.dtype == dtype
     assert_near(got.float(), want, 6e-2 if dtype == torch.bfloat16 else 8e-3)
 
 
@@ -212,7 +212,7 @@ def test_copies_and_pickles_work(name, tmp_path):
 def test_the_cache_of_a_generate_call_stores_what_the_config_says():
     patched, _ = pair("llama", kv_cache="int8")
     out = patched.generate(prompt(), max_new_tokens=2, return_dict_in_generate=True)
-    assert out.past_key_values.layers[1].values.dtype == torch.int8
+    assert out.past_key_values.layers[1].stored_values.dtype == torch.int8
     assert patched(prompt(), use_cache=False).past_key_values is None
     given = DynamicCache(config=patched.config)
     with torch.no_grad():

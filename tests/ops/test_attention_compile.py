@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from alone import survives
 from decoders import MAIN, pair, prompt
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import CompileConfig
@@ -52,3 +53,31 @@ def test_generate_compiles_by_itself():
     got = patched.generate(prompt(), past_key_values=cache, compile_config=compile_config, **options)
     assert torch.equal(got, reference.generate(prompt(), **options))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize("fixed", [True, False])
+def test_a_prompt_that_is_compiled_before_anything_has_run(name, fixed):
+    torch._dynamo.reset()
+    patched, _ = pair(name)
+    run = torch.compile(patched, fullgraph=True, backend="aot_eager" if fixed else "eager")
+    cache = Int4Cache(patched.config, dtype="fp32", max_length=48 if fixed else None)
+    with torch.no_grad():
+        got = run(prompt(), past_key_values=cache).logits
+        assert int(cache.get_seq_length()) == 12
+        want = patched(prompt(), past_key_values=Int4Cache(patched.config, dtype="fp32")).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_layouts_imply_nothing_later():
+    """What is first computed inside of compiled code breaks its graph."""
+    code = """
+from functools import cached_property
+from torch_int4.patching import families
+for name in families.available():
+    family = families.resolve(name)
+    for layout in (*family.attentions, *family.blocks):
+        names = {n for n, entry in vars(type(layout)).items() if isinstance(entry, cached_property)}
+        assert names and names <= vars(layout).keys(), (name, names)
+"""
+    survives(code)

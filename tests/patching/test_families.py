@@ -75,20 +75,26 @@ def test_any_family_can_be_treated_as_generic(name):
         )
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
-@pytest.mark.parametrize("loaded", ["eager", "sdpa"])
-def test_the_implementation_that_was_loaded_does_not_matter(name, loaded):
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gpt2"])
+def test_plain_attention_that_was_chosen_before_stays_until_another_is(name):
     model = decoder(name)
-    model.set_attn_implementation(loaded)
-    patched = patch(copy.deepcopy(model), compute="fp32", kv_cache="fp32")
+    model.set_attn_implementation("eager")
+    with pytest.warns(UserWarning, match="attn_implementation='eager' was chosen before patch"):
+        patched = patch(copy.deepcopy(model), compute="fp32", kv_cache="fp32")
     reference = patch(model, compute="fp32", attention="stock")
     mask = torch.ones(2, 12, dtype=torch.int64)
     mask[0, :4] = 0
     with torch.no_grad(), Calls() as calls:
-        got = patched(prompt(), attention_mask=mask).logits[mask.bool()]
+        got = patched(prompt(), attention_mask=mask, output_attentions=True)
+        want = reference(prompt(), attention_mask=mask, output_attentions=True)
+    assert calls.attended == 0
+    assert len(got.attentions) == 2
+    for a, b in zip(got.attentions, want.attentions, strict=True):
+        torch.testing.assert_close(a, b)
+    patched.set_attn_implementation("torch_int4" if name == "gpt2" else "sdpa")
+    with torch.no_grad(), Calls() as calls:
+        assert_near(patched(prompt(), attention_mask=mask).logits[mask.bool()], want.logits[mask.bool()], 2e-3)
     assert calls.attended == 2
-    with torch.no_grad():
-        assert_near(got, reference(prompt(), attention_mask=mask).logits[mask.bool()], 2e-3)
 
 
 @pytest.mark.parametrize("name", FUSED)

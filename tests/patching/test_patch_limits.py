@@ -254,3 +254,17 @@ def test_memory_peaks_at_the_float_model_and_falls(tmp_path):
     above, freed = map(int, done.stdout.split())
     assert above < 18  # MiB: codes and temporaries of one layer, and what is packed before freed floats are returned
     assert freed > 110  # of 160 MiB of floats, 22 come back as int4
+
+
+@pytest.mark.parametrize("config", [{"num_hidden_layers": 2}, ("a", 1), None, "text", 3])
+def test_a_config_of_any_type_is_ignored(config):
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = config
+            self.linears = nn.ModuleList(nn.Linear(64, 64) for _ in range(2))
+
+    model = patch(Holder())
+    assert len(int4s(model)) == 2
+    assert model.config is config
+    assert model.torch_int4_report.complete

@@ -7,6 +7,7 @@ It is a `transformers.Cache`, so that `generate` and everything around it works.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -67,8 +68,8 @@ class Int4CacheLayer(KVStorage):
             value,
             cos,
             sin,
-            self.keys,
-            self.values,
+            self.stored_keys,
+            self.stored_values,
             self.key_scales,
             self.value_scales,
             self.length,
@@ -100,8 +101,8 @@ class Int4CacheLayer(KVStorage):
         output: Tensor = call(
             torch.ops.torch_int4.attention.default,
             query,
-            self.keys,
-            self.values,
+            self.stored_keys,
+            self.stored_values,
             self.key_scales,
             self.value_scales,
             self.length,
@@ -115,7 +116,7 @@ class Int4CacheLayer(KVStorage):
 
     def holds(self, kv_heads: int) -> bool:
         """Whether keys with this many heads can be appended."""
-        return self.keys is None or self.keys.shape[1] == kv_heads
+        return self.stored_keys is None or self.stored_keys.shape[1] == kv_heads
 
     # Called by transformers
 
@@ -132,8 +133,8 @@ class Int4CacheLayer(KVStorage):
         if not self.is_initialized:  # what is handed back all the time is best stored as it is
             own = key_states.dtype if self.kind == "auto" else self._resolve(key_states.dtype)
             self._allocate(key_states, value_states, own)
-        assert self.keys is not None
-        repeats = max(key_states.shape[1] // self.keys.shape[1], 1)
+        assert self.stored_keys is not None
+        repeats = max(key_states.shape[1] // self.stored_keys.shape[1], 1)
         states = (key_states[:, ::repeats], value_states[:, ::repeats])
         past = None
         if torch.is_grad_enabled():  # gradients flow through what is new, and later writes must not harm them
@@ -169,7 +170,7 @@ class Int4CacheLayer(KVStorage):
         """Empties the cache and keeps its memory."""
         self._count = 0
         self.length.zero_()
-        if self.max_length is not None and self.keys is not None:
+        if self.max_length is not None and self.stored_keys is not None:
             for tensor in self._tensors().values():  # stock modules read beyond the length
                 tensor.zero_()
 
@@ -197,14 +198,14 @@ class Int4CacheLayer(KVStorage):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row of the batch."""
-        if self.keys is not None:
-            self._select(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
+        if self.stored_keys is not None:
+            self._select(torch.arange(self.stored_keys.shape[0]).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps some rows of the batch."""
-        if self.keys is not None:
+        if self.stored_keys is not None:
             rows = indices if indices.dtype == torch.bool else indices.to(torch.int64)
-            self._select(torch.arange(self.keys.shape[0])[rows])
+            self._select(torch.arange(self.stored_keys.shape[0])[rows])
 
     def _write(self, keys: Tensor, values: Tensor) -> None:
         with torch.no_grad():
@@ -233,6 +234,16 @@ class Int4Cache(Cache):
         else:
             count = config.get_text_config(decoder=True).num_hidden_layers
             super().__init__(layers=[first, *(make() for _ in range(count - 1))])
+
+    @property
+    def max_cache_len(self) -> int:
+        """Tokens that fit, -1 without a limit; by the name that PEFT asks for."""
+        return self.layers[0].get_max_length() if self.layers else -1
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, None]]:
+        """(keys, values, None) of every layer, as a `DynamicCache` gives them."""
+        for layer in self.layers:
+            yield layer.keys, layer.values, None
 
     @property
     def nbytes(self) -> int:

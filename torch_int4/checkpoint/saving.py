@@ -125,15 +125,15 @@ def _as_stored(model: Any) -> Iterator[None]:
         return
     state, description = state_of(model, getattr(model, CONFIG))
     kept = [(owner, name, vars(owner).get(name, _Writer)) for owner, name in _changed(model)]
-    model.config.quantization_config = description
-    model.hf_quantizer = _Writer(getattr(model, CONFIG), state)
-    del state
     try:
+        model.config.quantization_config = description
+        model.hf_quantizer = _Writer(getattr(model, CONFIG), state)
+        del state
         yield
     finally:
         for owner, name, value in kept:
             if value is _Writer:  # there was none
-                delattr(owner, name)
+                vars(owner).pop(name, None)
             else:
                 setattr(owner, name, value)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from torch_int4.config import Int4Config
-from torch_int4.hf import _register
+from torch_int4.hf import _register, peft_hook
 from torch_int4.hf.load import from_pretrained
 
 __all__ = ["from_pretrained", "make_saveable"]
@@ -23,3 +23,4 @@ def make_saveable(model: nn.Module, config: Int4Config) -> None:
 
 
 _register.install()
+peft_hook.install()

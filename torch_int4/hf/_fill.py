@@ -149,6 +149,8 @@ def plan_reading(survey: Survey, how: Stored, source: Checkpoint, names: Names, 
         target = names.target(f"{module}.weight")
         name = target.removesuffix(".weight") if target is not None else None
         example = next(iter(found.values()))
+        if name is not None and names.is_of_another_head(survey.model, name):
+            continue  # as transformers does, which says so
         if name is None or name not in known:
             raise Int4Error(
                 f"{example} in {source.file(example)}: is quantized, but the model has no linear {name or module!r} of "

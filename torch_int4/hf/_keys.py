@@ -78,9 +78,23 @@ class Names:
             *(getattr(model, "all_tied_weights_keys", None) or ()),
         }
         patterns = model._keys_to_ignore_on_load_missing or ()
+        missing = [name for name in self._wanted if name not in found]
+        present = {name.split(".")[0] for name in found if name is not None}
         return [
-            name for name in self._wanted if name not in found and not any(re.search(one, name) for one in patterns)
+            name
+            for name in missing
+            if not any(re.search(one, name) for one in patterns) and not self._is_new_head(model, name, present)
         ]
+
+    def is_of_another_head(self, model: Any, name: str) -> bool:
+        """Whether a tensor or module of the checkpoint belongs to a part beside the base model that this one lacks."""
+        first = name.split(".")[0]
+        return first not in model._modules and first != self._prefix
+
+    def _is_new_head(self, model: Any, name: str, present: set[str]) -> bool:
+        """Whether a tensor belongs to a part beside the base model of which the checkpoint has nothing at all."""
+        first = name.split(".")[0]
+        return model.base_model is not model and first != self._prefix and first not in present
 
     def _rename(self, key: str, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
         renamed: tuple[str, str | None] = rename_source_key(

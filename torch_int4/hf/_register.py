@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,12 +10,19 @@ from torch_int4.config import Int4Config
 from torch_int4.support.after_import import after_import
 
 WATCHED = "transformers.quantizers.auto"
+MODELS = "transformers.modeling_utils"
 OTHERS = "compressed-tensors"  # what we save says this, so that stock loaders read it
 
 
 def install() -> None:
     """Register now if transformers' list of quantizers is loaded, else when it will be."""
     after_import(WATCHED, _register)
+    after_import(MODELS, _register_attention)
+
+
+def _register_attention(module: Any) -> None:
+    """Models that were patched in another process, and pickled there, ask for our attention by its name."""
+    importlib.import_module("torch_int4.nn.attention_interface")
 
 
 class _Int4:

@@ -13,12 +13,10 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from torch_int4.config import WeightOptions
 from torch_int4.errors import Int4Error
 from torch_int4.nn.extended import extras_of
 from torch_int4.nn.linear import Int4Linear
-from torch_int4.recipes import rtn
-from torch_int4.weights.canonical import Int4Weight
+from torch_int4.patching.resize import requantize
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -101,20 +99,3 @@ class Int4LoraLinear(LoraLinear):
         base.set_weight(requantize(dense, base, name=where))
         if bias is not None:
             base.bias.data = bias.detach()
-
-
-def requantize(dense: Tensor, like: Int4Linear, *, name: str = "weight") -> Int4Weight:
-    """`[out_features, in_features]` floats to the nearest points of grids like those that a linear has.
-
-    Raises:
-        Int4Error: naming `name`: the linear has a code book, or values are not finite.
-    """
-    kind = like.packed_weight.type
-    if kind.book is not None:
-        raise Int4Error(f"{name}: there is no rounding to the code book {like.weight_type!r}; leave it unmerged")
-    offsets = like.packed_weight.offset_kind
-    options = WeightOptions(group_size=like.group_size, symmetric=offsets is None, zeros=offsets or "integer")
-    ordered = dense if like.perm is None else dense[:, like.perm]
-    result = rtn.quantize(ordered, options, bits=kind.bits, name=name)
-    result.perm = like.perm
-    return result

@@ -51,6 +51,12 @@ class AttentionLayout:
     repeated: bool = False
     sines_first: bool = False
 
+    def __post_init__(self) -> None:
+        """Computes what the fields imply now: code that is compiled cannot do that when it first asks."""
+        for name, entry in vars(type(self)).items():
+            if isinstance(entry, cached_property):
+                getattr(self, name)
+
     @cached_property
     def features_per_column(self) -> int:
         """How many features a column of cosines or sines rotates."""

@@ -60,6 +60,12 @@ class BlockLayout:
     eps: str = "variance_epsilon"
     norm_offset: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Computes what the fields imply now: code that is compiled cannot do that when it first asks."""
+        for name, entry in vars(type(self)).items():
+            if isinstance(entry, cached_property):
+                getattr(self, name)
+
     @cached_property
     def norms(self) -> tuple[str, ...]:
         """Names of the norms, of which there is at least one: those before attention and the MLP, then the others."""

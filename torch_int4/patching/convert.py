@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -43,11 +43,14 @@ def chosen_and_facts(plan: Plan) -> tuple[Chosen, dict[int, tuple[ScaleFold, ...
     return chosen, {key: family.folds for key, family in plan.survey.families.items() if family.folds}
 
 
-def convert_foreign(plan: Plan, report: PatchReport, memory: Memory, progress: bool | None) -> None:
-    """Take over the linears of other backends, one after another."""
+def convert_foreign(
+    plan: Plan, report: PatchReport, memory: Memory, progress: bool | None, on_freed: Callable[[], None]
+) -> None:
+    """Take over the linears of other backends, one after another; `on_freed` is called when the first lets go."""
     for done, target in enumerate(track(plan.foreign, "linears", show=progress)):
         try:
             _foreign.convert(target, plan.config, report, memory)
+            on_freed()
         except Exception as error:
             state = f"after {done} of {len(plan.foreign)} linears, so the model must be loaded again"
             raise Int4Error(
@@ -56,15 +59,25 @@ def convert_foreign(plan: Plan, report: PatchReport, memory: Memory, progress: b
 
 
 def convert_all(
-    plan: Plan, report: PatchReport, memory: Memory, progress: bool | None, calibrated: CalibratedPass | None
+    plan: Plan,
+    report: PatchReport,
+    memory: Memory,
+    progress: bool | None,
+    calibrated: CalibratedPass | None,
+    on_freed: Callable[[], None],
 ) -> None:
-    """Quantize linears and put the int4 ones in their places, one after another."""
+    """Quantize linears and put the int4 ones in their places, one after another; `on_freed` as above."""
     done, targets = 0, plan.targets
     try:
         for target, result in _results(targets, plan.config, progress, calibrated):
             report.linears.append(_replace(target, result, plan.config, memory))
+            on_freed()
             done += 1
     except Exception as error:
+        if done + len(plan.foreign) == 0 and calibrated is None:
+            raise Int4Error(
+                f"{targets[done].name}: conversion failed at once, and the model is unchanged: {error}"
+            ) from error
         raise Int4Error(
             f"{targets[done].name}: conversion failed after {done} of {len(targets)} linears, so the model is "
             f"half int4 and must be loaded again: {error}"

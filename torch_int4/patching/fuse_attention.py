@@ -22,6 +22,9 @@ from torch_int4.support.forwards import (
     forward_arguments,
 )
 
+EAGER = "eager"  # transformers' plain implementation of attention
+KEPT = "attn_implementation='eager' was chosen before patch() and stays; set_attn_implementation({!r}) lets ours run"
+
 
 class Fused(NamedTuple):
     """The attention modules that were fused, and those that were not.
@@ -41,12 +44,12 @@ def fuse(model: nn.Module, by_module: dict[int, Family], config: Int4Config, ref
         return Fused()
     fused = interfaces = 0
     for decoder in _decoders(model):
-        count = sum(_fuse_module(module, by_module.get(id(module)), refusals) for module in decoder.modules())
+        kept = _chose_eager(decoder)
+        count = sum(_fuse_module(module, by_module.get(id(module)), kept, refusals) for module in decoder.modules())
         fused += count
-        if count == 0:
-            if not _use_interface(decoder):
-                continue
-            interfaces += 1
+        if count == 0 and not _use_interface(decoder, kept, refusals):
+            continue
+        interfaces += count == 0
         _manage_cache(decoder, config)
     if fused or interfaces:
         _manage_generation(model, config)
@@ -87,8 +90,16 @@ def _is_inside(part: nn.Module, whole: nn.Module) -> bool:
     return any(module is part for module in whole.modules())
 
 
-def _fuse_module(module: nn.Module, family: Family | None, refusals: Refusals) -> bool:
-    """Fuse an attention module, if it is one of its family."""
+def _chose_eager(decoder: Any) -> bool:
+    """Whether somebody asked for plain attention, which gives the weights of attention, where it is not the default."""
+    return decoder.config._attn_implementation == EAGER and bool(getattr(decoder, "_supports_sdpa", False))
+
+
+def _fuse_module(module: nn.Module, family: Family | None, kept: bool, refusals: Refusals) -> bool:
+    """Fuse an attention module, if it is one of its family.
+
+    With `kept`, the implementation of attention that was chosen stays; fused modules run when another one is.
+    """
     from torch_int4.nn.attention import FusedAttention
     from torch_int4.support.mixins import mix_in
 
@@ -101,7 +112,10 @@ def _fuse_module(module: nn.Module, family: Family | None, refusals: Refusals) -
         known = _known(module, layout, family)
         if isinstance(known, KnownAttention):
             config: Any = module.config
-            config._attn_implementation_internal = layout.implementation
+            if not kept:
+                config._attn_implementation_internal = layout.implementation
+            elif layout.implementation != EAGER:
+                refusals.add(module, KEPT.format(layout.implementation))
             return mix_in(FusedAttention, module, known)
         reason = reason or known
     if reason is not None:
@@ -147,7 +161,7 @@ def _arguments_read(kind: type, implementation: str) -> frozenset[str] | None:
     return None if own is None or others is None else own | others
 
 
-def _use_interface(decoder: Any) -> bool:
+def _use_interface(decoder: Any, kept: bool, refusals: Refusals) -> bool:
     """Have a decoder call our operator, where its modules ask transformers' interface what to call."""
     if not getattr(decoder, "_supports_attention_backend", False) or not decoder._can_set_attn_implementation():
         return False
@@ -158,6 +172,10 @@ def _use_interface(decoder: Any) -> bool:
     if not _is_stock(ALL_ATTENTION_FUNCTIONS.get(decoder.config._attn_implementation)):
         return False
     from torch_int4.nn.attention_interface import NAME
+
+    if kept:
+        refusals.add(decoder, KEPT.format(NAME))
+        return False
 
     decoder.config._attn_implementation_internal = NAME
     return True

@@ -22,7 +22,8 @@ def fuse(model: nn.Module) -> int:
 
     count = 0
     for module in model.modules():
-        if "forward" in module.__dict__ or "num_hidden_layers" not in vars(getattr(module, "config", module)):
+        config = getattr(module, "config", None)  # of any type: models of others may call a dict or a tuple so
+        if "forward" in module.__dict__ or "num_hidden_layers" not in getattr(config, "__dict__", ()):
             continue
         for name, blocks in module._modules.items():
             if not isinstance(blocks, nn.ModuleList) or len(blocks) < 2:

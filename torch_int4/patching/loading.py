@@ -35,11 +35,15 @@ class PendingLinear(nn.Module):
         self.transposed = is_conv1d(old)
         rows, inputs = reversed(weight.shape) if self.transposed else weight.shape
         self.out_features, self.in_features = int(rows), int(inputs)
-        self.weight = torch.empty(0)  # no parameter: for code that initializes what a checkpoint lacks
+        # No parameter, and without values: for code that initializes what a checkpoint lacks, some of it by shape.
+        self.weight = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
         self.register_parameter("bias", bias if isinstance(bias, nn.Parameter) else None)
         nbytes = self.out_features * self.in_features * (kind.bits + 0.5) / 8
         self.register_buffer("packed", torch.empty(int(nbytes), dtype=torch.uint8, device="meta"), persistent=False)
         self.train(old.training)
+
+    def reset_parameters(self) -> None:
+        """Does nothing: for code that initializes what a checkpoint lacks."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -66,7 +70,7 @@ def find_loadable(survey: Survey, config: Int4Config) -> dict[str, WeightType]:
         weight, is_head = module._parameters.get("weight"), module is survey.head
         if len(held.names) > 1 or len(held.places) > 1 or weight is None or f"{held.name}.weight" in tied:
             continue
-        if _scan.reason_to_skip(module, held.names, held.places, config, is_head) is not None:
+        if survey.reason_to_skip(module, config) is not None:
             continue
         if weight.dtype in _scan.FLOATS and len(users[id(weight)]) == 1 and computes_product(module):
             found[held.name] = _scan.type_of(held.names, config, is_head)

@@ -28,6 +28,7 @@ from torch_int4.patching.floats import count_floats
 from torch_int4.patching.plan import Foreign, Plan, Survey, Target, decide
 from torch_int4.patching.refusals import Refusals
 from torch_int4.patching.report import PatchReport
+from torch_int4.support.snapshot import Snapshot
 from torch_int4.weights.arena import return_memory
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -67,7 +68,8 @@ def patch(
 
     Raises:
         Int4Error: naming the module and the reason, with the model unchanged. If a conversion fails
-            nevertheless (out of memory), it says that the model has to be loaded again.
+            nevertheless (out of memory) when float weights have been freed, it says that the model has to be loaded
+            again.
     """
     config = Int4Config.with_overrides(config, **overrides)
     given = families.resolve(family)
@@ -101,19 +103,54 @@ def carry_out(
     model = plan.survey.model
     if not (plan.targets or plan.foreign or plan.survey.holds_int4 or report.linears):
         raise Int4Error(_nothing_to_do(model, plan.skipped))
+    undo = _Undo(model, report)
+    try:
+        _carry_out(plan, report, data, progress, undo)
+    except BaseException:
+        undo.run()
+        raise
+    return model
+
+
+class _Undo:
+    """Puts a model back as it was, for as long as no float weight was let go of; then as it was with int4 linears."""
+
+    def __init__(self, model: nn.Module, report: PatchReport) -> None:
+        self._model, self._report = model, report
+        self.renew()
+
+    def renew(self) -> None:
+        """From now on the model goes back to what it is now."""
+        self._before: Snapshot | None = Snapshot(self._model)
+        self._said = {name: list(x) if isinstance(x, list) else x for name, x in vars(self._report).items()}
+
+    def forget(self) -> None:
+        """Lets float weights go, after which there is no way back."""
+        self._before = None
+
+    def run(self) -> None:
+        """Undoes what was done, if that is possible."""
+        if self._before is not None:
+            self._before.restore()
+            vars(self._report).update(self._said)
+
+
+def _carry_out(plan: Plan, report: PatchReport, data: tuple[Any, Any], progress: bool | None, undo: _Undo) -> None:
+    model: Any = plan.survey.model
     calibrated = _convert.calibrated_pass(plan, data, progress)
     whole = _stages.whole_model(plan, calibrated)
     if plan.changes_nothing and report.complete:
-        return model
+        return
     report.complete = False
-    model.torch_int4_report = report  # type: ignore[assignment]
+    model.torch_int4_report = report
     if whole is not None and whole.recipe.preparing:
         plan = _stages.prepare(whole, plan, calibrated)
-    _replace_linears(plan, report, calibrated, progress)
+    _replace_linears(plan, report, calibrated, progress, undo)
     while plan.embeddings:
         _embedding.store_bf16(*plan.embeddings.pop(), report)
     if whole is not None:
         _stages.finish(whole, plan.targets, report)
+    undo.renew()
     if plan.foreign:
         _foreign.forget_backend(model)
     report.merged += _merge(model, plan.survey.families)
@@ -123,15 +160,16 @@ def carry_out(
     report.complete = True
     _make_saveable(model, plan.config)
     return_memory()
-    return model
 
 
-def _replace_linears(plan: Plan, report: PatchReport, calibrated: CalibratedPass | None, progress: bool | None) -> None:
+def _replace_linears(
+    plan: Plan, report: PatchReport, calibrated: CalibratedPass | None, progress: bool | None, undo: _Undo
+) -> None:
     model, memory = plan.survey.model, plan.arena().take
     ties = _ties.record(model)
     try:
-        _convert.convert_foreign(plan, report, memory, progress)
-        _convert.convert_all(plan, report, memory, progress, calibrated)
+        _convert.convert_foreign(plan, report, memory, progress, undo.forget)
+        _convert.convert_all(plan, report, memory, progress, calibrated, undo.forget)
     finally:  # also after a failure the rest has to stay consistent
         done: list[Target | Foreign] = [*plan.targets, *plan.foreign]
         _ties.forget(model, ties, {name for target in done if target.module is None for name in target.names})
@@ -206,5 +244,7 @@ def _may_merge(linear: Int4Linear) -> bool:
 def _make_saveable(model: nn.Module, config: Int4Config) -> None:
     if "transformers" in sys.modules:  # else there is nothing of theirs
         from torch_int4.checkpoint.saving import make_saveable
+        from torch_int4.patching.resize import make_resizable
 
+        make_resizable(model)
         make_saveable(model, config)

@@ -19,6 +19,7 @@ from torch_int4.nn.dense import is_conv1d, is_linear
 from torch_int4.nn.embedding import Bf16Embedding
 from torch_int4.nn.linear import Int4Linear
 from torch_int4.patching import families
+from torch_int4.patching import left as _left
 from torch_int4.patching import scan as _scan
 from torch_int4.weights.arena import Arena, Size
 from torch_int4.weights.types import INT8, WeightType
@@ -46,6 +47,7 @@ class Survey:
         families: {id of a module: the family that it belongs to}.
         head: the projection onto the vocabulary, if there is one.
         names: of all modules.
+        left: {id of a linear: why the model needs it in float}.
         linears: the linears that are not int4, in the order of the model.
         foreign: the linears of other quantization backends.
         embeddings: the embeddings that are not ours.
@@ -68,6 +70,7 @@ class Survey:
                 if (modules[holder], attribute) not in held.places:
                     held.places.append((modules[holder], attribute))
         self.names = list(modules)
+        self.left = _left.reasons_of(model)
         self.head = _scan.find_head(model, self.families[id(model)], modules)
 
     def _kinds(self, module: nn.Module) -> list[dict[nn.Module, Held]]:
@@ -80,6 +83,14 @@ class Survey:
         if isinstance(module, nn.Embedding) and not isinstance(module, Bf16Embedding):
             kinds.append(self.embeddings)
         return kinds
+
+    def reason_to_skip(self, module: nn.Module, config: Int4Config) -> str | None:
+        """Why one of the linears stays in float; None if nothing speaks against replacing it."""
+        held = self.linears[module]
+        reason = _scan.reason_to_skip(module, held.names, held.places, config, module is self.head)
+        left = self.left.get(id(module))
+        wanted = left == _left.TASK_HEAD and _scan.match(config.int8, held.names) is not None
+        return reason or (None if wanted else left)
 
     def release(self) -> None:
         """Let go of the modules that were found, for the float weights to be freed as they are replaced."""
@@ -201,13 +212,13 @@ def _targets(
 ) -> tuple[list[Target], list[tuple[str, str]]]:
     targets, skipped = [], []
     for module, held in survey.linears.items():
-        is_head = module is survey.head
-        reason = _scan.reason_to_skip(module, held.names, held.places, config, is_head)
+        reason = survey.reason_to_skip(module, config)
         if reason is not None:
             skipped.append((held.name, reason))
             continue
         _scan.refuse(module, held.name)
-        targets.append(Target(held.names, held.places, module, _scan.type_of(held.names, config, is_head)))
+        kind = _scan.type_of(held.names, config, module is survey.head)
+        targets.append(Target(held.names, held.places, module, kind))
     going = {id(target.module) for target in targets}
     for target in targets:
         assert target.module is not None
