@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from torch_int4 import Int4Error, patch
 from torch_int4.config import Int4Config
 from torch_int4.nn.experts import LinearExperts
 from torch_int4.patching import experts as splitting
+from torch_int4.support.snapshot import Snapshot
+from torch_int4.weights.packed import PackedWeight
 
 
 def experts_of(model):
@@ -36,13 +39,14 @@ def test_every_weight_of_experts_becomes_int4():
 def test_nothing_is_copied_and_split_models_compute_the_same():
     model = decoder("mixtral")
     want, stacks = logits(model, prompt()), [m.gate_up_proj for m in model.modules() if hasattr(m, "gate_up_proj")]
-    splits = splitting.split(model, Int4Config())
-    assert [name for name, _ in splits.skipped] == []
-    assert len(splits.names) == len(experts_of(model)) == 2
+    before = Snapshot(model)
+    split = splitting.split(model, Int4Config())
+    assert split.skipped == []
+    assert len(split.names) == len(experts_of(model)) == 2
     for module, stack in zip(experts_of(model), stacks, strict=True):
         assert module.get_submodule("0.gate_proj").weight.data_ptr() == stack.data_ptr()
     torch.testing.assert_close(logits(model, prompt()), want)
-    splits.undo()
+    before.restore()
     assert not experts_of(model)
     assert [m.gate_up_proj for m in model.modules() if hasattr(m, "gate_up_proj")] == stacks
     torch.testing.assert_close(logits(model, prompt()), want, rtol=0, atol=0)
@@ -123,3 +127,19 @@ def test_gptq_sees_the_rows_of_each_expert():
     ]
     unseen = sum("no calibration token reached it" in line for line in patched.torch_int4_report.notices)
     assert sum(changed) == len(changed) - unseen > len(changed) // 2
+
+
+def test_float_weights_of_experts_are_freed_layer_by_layer(monkeypatch):
+    model = decoder("mixtral")
+    stacks = [weakref.ref(m.gate_up_proj) for m in model.modules() if hasattr(m, "gate_up_proj")]
+    left = []
+    pack = PackedWeight.pack
+
+    def counting(weight, memory=None):
+        left.append(sum(stack() is not None for stack in stacks))
+        return pack(weight, memory)
+
+    monkeypatch.setattr(PackedWeight, "pack", counting)
+    patch(model)
+    assert left[0] == len(stacks) == 2
+    assert left[-1] == 0

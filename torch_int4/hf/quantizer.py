@@ -79,8 +79,8 @@ class Int4Quantizer(HfQuantizer):
         if files is not None and Checkpoint.serves(files):
             source, self._names = Checkpoint(files), Names(model, weight_conversions)
             apart = self._names.stored_by_expert(source)
-            splits = experts.split(model, self.quantization_config, apart)
-            self._names.split(model, splits.names)
+            split = experts.split(model, self.quantization_config, apart)
+            self._names.split(model, split.names)
             self._survey = Survey(model)
             if self.stored is not None:
                 config = self.quantization_config

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,6 @@ from torch_int4.config import Int4Config
 from torch_int4.layouts.experts import ExpertsLayout
 from torch_int4.nn.experts import Expert, LinearExperts, prepare, sum_of_experts
 from torch_int4.nn.layer_parts import ACTIVATIONS
-from torch_int4.nn.linear import Int4Linear
 from torch_int4.patching import scan as _scan
 from torch_int4.support.mixins import mix_in, mixed
 
@@ -22,44 +20,14 @@ STACKS = ("gate_up_proj", "up_proj", "down_proj")  # of weights; each may have a
 FACTS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")  # that transformers puts on experts modules
 
 
-@dataclass
-class Splits:
-    """The experts modules of a model that were split, and those that could not be.
+class Split(NamedTuple):
+    """The experts modules of a model that were split, and (name, reason) of those that were not."""
 
-    Attributes:
-        skipped: (name, reason) of those.
-    """
-
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-    _undo: list[tuple[str, nn.Module, type, dict[str, Any], dict[str, Any]]] = field(default_factory=list)
-
-    def undo(self) -> None:
-        """Makes of every module what it was, unless linears of it are int4 by now."""
-        for _, module, kind, modules, parameters in self._undo:
-            if any(isinstance(inside, Int4Linear) for inside in module.modules()):
-                continue
-            module._modules.clear()
-            module._modules.update(modules)
-            module._parameters.update(parameters)
-            module.__class__ = kind
-        self._undo.clear()
-
-    @property
-    def names(self) -> set[str]:
-        """Names of the modules that were split."""
-        return {name for name, *_ in self._undo}
-
-    def add(self, name: str, module: nn.Module, layout: ExpertsLayout, experts: list[Expert]) -> None:
-        """Puts experts into the place of a module's own tensors."""
-        self._undo.append((name, module, type(module), dict(module._modules), dict(module._parameters)))
-        module._parameters.clear()
-        for number, expert in enumerate(experts):
-            module.add_module(str(number), expert)
-        vars(module)["_is_hf_initialized"] = True  # its class would fill tensors that it has no more
-        mix_in(LinearExperts, module, layout)
+    names: set[str]
+    skipped: list[tuple[str, str]]
 
 
-def split(model: nn.Module, config: Int4Config, names: Collection[str] | None = None) -> Splits:
+def split(model: nn.Module, config: Int4Config, names: Collection[str] | None = None) -> Split:
     """Splits the experts of a model into linears whose weights are views; nothing is copied.
 
     Experts that `config.skip` names stay as they are, and so do those that compute what is not known.
@@ -69,7 +37,7 @@ def split(model: nn.Module, config: Int4Config, names: Collection[str] | None = 
         config: of the patch.
         names: of the only modules to split; by default all.
     """
-    splits = Splits()
+    done = Split(set(), [])
     for name, module in list(model.named_modules()):
         if isinstance(module, LinearExperts) or not _are_experts(module) or (names is not None and name not in names):
             continue
@@ -79,11 +47,21 @@ def split(model: nn.Module, config: Int4Config, names: Collection[str] | None = 
             layout = _layout(module)
             experts = [_expert(module, number, layout) for number in range(layout.count)]
             if _compute_the_same(module, layout, experts):
-                splits.add(name, module, layout, experts)
+                _put(module, layout, experts)
+                done.names.add(name)
                 continue
             reason = f"{type(module).__name__}.forward computes more than experts do"
-        splits.skipped.append((name, reason))
-    return splits
+        done.skipped.append((name, reason))
+    return done
+
+
+def _put(module: nn.Module, layout: ExpertsLayout, experts: list[Expert]) -> None:
+    """Puts experts into the place of a module's own tensors."""
+    module._parameters.clear()
+    for number, expert in enumerate(experts):
+        module.add_module(str(number), expert)
+    vars(module)["_is_hf_initialized"] = True  # its class would fill tensors that it has no more
+    mix_in(LinearExperts, module, layout)
 
 
 def fuse(model: nn.Module) -> tuple[int, int]:

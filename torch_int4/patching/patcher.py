@@ -24,10 +24,9 @@ from torch_int4.patching import fuse_layers as _block
 from torch_int4.patching import fuse_stack as _stack
 from torch_int4.patching import stages as _stages
 from torch_int4.patching import ties as _ties
-from torch_int4.patching.floats import count_floats
 from torch_int4.patching.plan import Foreign, Plan, Survey, Target, decide
 from torch_int4.patching.refusals import Refusals
-from torch_int4.patching.report import PatchReport
+from torch_int4.patching.report import PatchReport, count_floats
 from torch_int4.support.snapshot import Snapshot
 from torch_int4.weights.arena import return_memory
 
@@ -76,14 +75,16 @@ def patch(
     if not isinstance(model, nn.Module):
         raise Int4Error(f"patch() needs a torch.nn.Module; got {type(model).__name__}")
     report = _previous_report(model, config) or PatchReport(config)
-    splits = _experts.split(model, config)
+    undo = _Undo(model, report)
     try:
+        split = _experts.split(model, config)
         plan = decide(Survey(model, given), config)
-        plan.skipped += splits.skipped
-        return carry_out(plan, report, (calibration, tokenizer), progress)
-    except Exception:
-        splits.undo()
+        plan.skipped += split.skipped
+        _carry_out(plan, report, (calibration, tokenizer), progress, undo)
+    except BaseException:
+        undo.run()
         raise
+    return model
 
 
 def carry_out(
@@ -100,16 +101,13 @@ def carry_out(
     Raises:
         Int4Error: as `patch` says.
     """
-    model = plan.survey.model
-    if not (plan.targets or plan.foreign or plan.survey.holds_int4 or report.linears):
-        raise Int4Error(_nothing_to_do(model, plan.skipped))
-    undo = _Undo(model, report)
+    undo = _Undo(plan.survey.model, report)
     try:
         _carry_out(plan, report, data, progress, undo)
     except BaseException:
         undo.run()
         raise
-    return model
+    return plan.survey.model
 
 
 class _Undo:
@@ -137,6 +135,8 @@ class _Undo:
 
 def _carry_out(plan: Plan, report: PatchReport, data: tuple[Any, Any], progress: bool | None, undo: _Undo) -> None:
     model: Any = plan.survey.model
+    if not (plan.targets or plan.foreign or plan.survey.holds_int4 or report.linears):
+        raise Int4Error(_nothing_to_do(model, plan.skipped))
     calibrated = _convert.calibrated_pass(plan, data, progress)
     whole = _stages.whole_model(plan, calibrated)
     if plan.changes_nothing and report.complete:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from torch import nn
 
 from torch_int4.config import Int4Config
-from torch_int4.patching.floats import Floats, told
+from torch_int4.nn.linear import Int4Linear
 from torch_int4.weights.types import BITS
 
 MB = 1e6
+SHARE = 0.01  # of all weights; modules with less are told together
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,14 @@ class PatchedLinear:
     def measured(self, nbytes: int, extras: tuple[str, ...]) -> PatchedLinear:
         """The same linear with other bytes after, and other extras."""
         return replace(self, bytes_after=nbytes, extras=extras)
+
+
+class Floats(NamedTuple):
+    """The float parameters of all modules of one class."""
+
+    kind: str
+    parameters: int
+    nbytes: int
 
 
 @dataclass
@@ -120,10 +132,43 @@ class PatchReport:
                 lines.append(f"{entry.name}: its float weight stays in memory, because another module uses it")
         for name, before, after in self.embeddings:
             lines.append(f"{name}: embedding in bf16, {before / MB:.1f} MB -> {after / MB:.1f} MB")
-        if line := told(self.floats, sum(entry.weights for entry in self.linears)):
+        if line := _told(self.floats, sum(entry.weights for entry in self.linears)):
             lines.append(line)
         lines += self.notices
         lines += [f"left in float: {name}: {reason}" for name, reason in self.skipped]
         if not self.complete:
             lines.append("INCOMPLETE: patching failed half way; load the model again")
         return "\n".join(lines)
+
+
+def count_floats(model: nn.Module) -> list[Floats]:
+    """The float parameters of a model by the classes of the modules that hold them, the most bytes first.
+
+    A parameter of several modules counts once, for the first of them. Those of int4 linears (their biases) do not.
+    """
+    seen: set[int] = set()
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is None or id(parameter) in seen or not parameter.is_floating_point():
+                continue
+            seen.add(id(parameter))
+            if not isinstance(module, Int4Linear):
+                counts[type(module).__name__] += parameter.numel()
+                sizes[type(module).__name__] += parameter.numel() * parameter.element_size()
+    return [Floats(kind, counts[kind], nbytes) for kind, nbytes in sizes.most_common()]
+
+
+def _told(floats: list[Floats], weights: int) -> str:
+    """One line about them, for a model with so many weights in int4 or int8; "" without any."""
+    total = sum(entry.parameters for entry in floats)
+    if not total:
+        return ""
+    least = SHARE * (total + weights)
+    named = [f"{entry.kind} {entry.parameters / 1e6:.1f} M" for entry in floats if entry.parameters >= least]
+    rest = sum(entry.parameters for entry in floats if entry.parameters < least)
+    if rest:
+        named.append(f"{'others' if named else 'norms and other small ones'} {rest / 1e6:.2f} M")
+    nbytes = sum(entry.nbytes for entry in floats)
+    return f"in float: {total / 1e6:.1f} M parameters, {nbytes / 1e6:.1f} MB: {', '.join(named)}"
