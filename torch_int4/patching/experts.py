@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch_int4.config import Int4Config
 from torch_int4.layouts.experts import ExpertsLayout
 from torch_int4.nn.experts import Expert, LinearExperts, prepare, sum_of_experts
-from torch_int4.nn.layer_parts import ACTIVATIONS
 from torch_int4.patching import scan as _scan
 from torch_int4.support.mixins import mix_in, mixed
 
@@ -96,6 +95,8 @@ def _reason_to_leave(module: Any) -> str | None:
 
 def _layout(module: Any) -> ExpertsLayout:
     from transformers.integrations.moe import _default_apply_gate
+
+    from torch_int4.nn.layer_parts import ACTIVATIONS
 
     plain = not module.has_gate or type(module)._apply_gate is _default_apply_gate
     activation = getattr(module, "act_fn", None)
