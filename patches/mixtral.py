@@ -1,7 +1,10 @@
-"""Mixtral: attention as in Llama."""
+"""Mixtral: attention as in Llama, and experts."""
 
 import dataclasses
 
+from torch_int4.layouts.layer import BlockLayout
 from torch_int4.patches import llama
 
-FAMILY = dataclasses.replace(llama.FAMILY, attention=llama.WINDOWED, blocks=())
+LAYER = BlockLayout(("c882118b7a41c950", None, llama.FORWARDS[2]))
+
+FAMILY = dataclasses.replace(llama.FAMILY, attention=llama.WINDOWED, blocks=(LAYER,))

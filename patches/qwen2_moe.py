@@ -1,7 +1,11 @@
-"""Qwen2-MoE: attention as in Qwen2."""
+"""Qwen2-MoE: as Qwen2, with experts in all layers or in some."""
 
 import dataclasses
 
+from torch_int4.layouts.layer import BlockLayout
 from torch_int4.patches import llama
 
-FAMILY = dataclasses.replace(llama.FAMILY, blocks=())
+SPARSE = BlockLayout((llama.FORWARDS[0], None, llama.FORWARDS[2]))
+BLOCKS = (*llama.FAMILY.blocks, SPARSE)
+
+FAMILY = dataclasses.replace(llama.FAMILY, blocks=BLOCKS)

@@ -1,7 +1,7 @@
-"""Qwen3-MoE: attention as in Qwen3."""
+"""Qwen3-MoE: as Qwen3, with experts in all layers or in some."""
 
 import dataclasses
 
-from torch_int4.patches import qwen3
+from torch_int4.patches import qwen2_moe, qwen3
 
-FAMILY = dataclasses.replace(qwen3.FAMILY, blocks=())
+FAMILY = dataclasses.replace(qwen3.FAMILY, blocks=qwen2_moe.BLOCKS)

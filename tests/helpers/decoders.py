@@ -6,7 +6,7 @@ from collections import Counter
 import torch
 from tiny_models import dequantized
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from torch_int4 import patch
 from torch_int4.patching import families
@@ -36,6 +36,8 @@ OF_FAMILY = {  # what a family needs besides
     "cwm": {"layer_types": ["sliding_attention", "full_attention"], **WINDOW},
     "falcon": {"ffn_hidden_size": 96, "alibi": False, "multi_query": True, "parallel_attn": True},
     "cohere": {"logit_scale": 1.0},
+    "cohere2": {"logit_scale": 1.0, "layer_types": ["sliding_attention", "full_attention"], **WINDOW},
+    "exaone4": {"layer_types": ["sliding_attention", "full_attention"], **WINDOW},
     "gemma2": {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0, **WINDOW},
     "gemma3_text": {"query_pre_attn_scalar": 24, "layer_types": ["sliding_attention", "full_attention"], **WINDOW},
     "gpt_neox": {"intermediate_size": 96, "rope_parameters": {"partial_rotary_factor": 0.25, "rope_theta": 1e4}},
@@ -44,8 +46,11 @@ OF_FAMILY = {  # what a family needs besides
     "ministral": {"layer_types": ["sliding_attention", "full_attention"], **WINDOW},
     "mistral": WINDOW,
     "olmo3": {"layer_types": ["sliding_attention", "full_attention"], **WINDOW},
+    "phi": {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 1e4, "rope_type": "default"}},
     "phi3": WINDOW,
     "phimoe": {**EXPERTS, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "stablelm": {"use_qkv_bias": True},
 }
 LATENT = {
     "q_lora_rank": 32,
@@ -57,14 +62,15 @@ LATENT = {
     "head_dim": 16,
 }
 CHOSEN = {"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
-SPARSE = {  # models with experts, beyond those that are families
+SPARSE = {  # models with experts, of families and of none
     "afmoe": {"num_dense_layers": 1},
     "cohere2_moe": {},
     "deepseek_v2": {**CHOSEN, **LATENT},
     "deepseek_v3": {**CHOSEN, **LATENT},
+    "dots1": {"n_shared_experts": 1, **CHOSEN},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 0},
     "flex_olmo": {},
-    "glm4_moe": CHOSEN,
+    "glm4_moe": {"use_qk_norm": True, **CHOSEN},
     "gpt_oss": {},
     "granitemoe": {},
     "lfm2_moe": {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
@@ -82,14 +88,17 @@ VARIANTS = {
         {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True, "ffn_hidden_size": 96},
     ),
     "gpt_neox-serial": ("gpt_neox", {"use_parallel_residual": False, "intermediate_size": 96}),
+    "glm4_moe-plain": ("glm4_moe", {**EXPERTS, **CHOSEN, "use_qk_norm": False}),
     "llama-mha": ("llama", {"num_key_value_heads": 4, "attention_bias": True}),
     "llama-odd": ("llama", {"head_dim": 18, "hidden_size": 72, "intermediate_size": 104}),
+    "phi-norms": ("phi", {"qk_layernorm": True}),
+    "stablelm-parallel": ("stablelm", {"use_parallel_residual": True}),
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "max_window_layers": 1, **WINDOW}),
 }
 GENERIC = {
     "gpt2": {},
+    "helium": {},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
-    "phi": {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 1e4, "rope_type": "default"}},
 }
 FAMILIES = [name for name in families.available() if name != "generic"]
 MAIN = ["llama", "gptj", "gpt_neox", "falcon", "falcon-40b", "falcon-rw"]
@@ -108,13 +117,23 @@ def decoder(name, dtype=torch.float32):
     )
     shape = {} if family in NOT_GROUPED else GROUPED
     experts = EXPERTS if name in SPARSE or "moe" in family or family == "mixtral" else {}
-    config = AutoConfig.for_model(family, **{**COMMON, **shape, **experts, **fields})
+    kind, config = _configured(family, {**COMMON, **shape, **experts, **fields})
     torch.manual_seed(len(name))
-    model = AutoModelForCausalLM.from_config(config)
+    model = kind.from_config(config)
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.data += 0.2 * torch.randn_like(parameter)
     return model.to(dtype).eval()
+
+
+def _configured(family, fields):
+    """The class of models of a family, and a config for it."""
+    if "_vl_" not in family:
+        return AutoModelForCausalLM, AutoConfig.for_model(family, **fields)
+    rotation = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+    vision = {"depth": 1, "num_heads": 2, "embed_dim": 32, "intermediate_size": 32, "out_hidden_size": 64}
+    parts = {"text_config": {**fields, "rope_parameters": rotation}, "vision_config": {**vision, "hidden_size": 32}}
+    return AutoModelForImageTextToText, AutoConfig.for_model(family.removesuffix("_text"), **parts)
 
 
 def pair(name, **options):

@@ -7,6 +7,7 @@ from unittest import mock
 import torch
 from decoders import Calls, family_of, pair
 
+from torch_int4.nn.layer import FusedBlock
 from torch_int4.nn.layer_steps import LayerSteps
 from torch_int4.patching import families
 
@@ -20,15 +21,41 @@ STEPS = ("norm_linears", "linear_add", "mlp")
 OPERATORS = (*STEPS, "decoder_layer", "prepared_decoder_layers")
 
 
-def in_steps(name):
-    """How often a layer in steps calls each operator."""
-    layout = families.resolve(family_of(name)).blocks[0]
+def blocks_of(model):
+    """The fused layers of a model."""
+    return [module for module in model.modules() if isinstance(module, FusedBlock)]
+
+
+def calls_of(model, whole=False):
+    """How often the layers of a model call each operator, all in steps, or those as a whole that can."""
+    counts = Counter()
+    for block in blocks_of(model):
+        one = whole and _is_whole(block.torch_int4_data.layout, block)
+        counts += Counter(prepared_decoder_layers=1) if one else _in_steps(block)
+    return counts
+
+
+def _is_whole(layout, block):
+    attention = getattr(block, layout.attention).torch_int4_data.layout
+    norms = [getattr(getattr(block, layout.attention), name) for name in attention.norms or ()]
+    each = not attention.norms_all_heads and all(norm._parameters.keys() == {"weight"} for norm in norms)
+    each = each and all(norm.weight.dim() == 1 for norm in norms)
+    return layout.is_plain and not attention.concatenated and each
+
+
+def _in_steps(block):
+    layout = block.torch_int4_data.layout
     apart = layout.attention_norm is not None or layout.residual_scale is not None  # what is added is changed before
     counts = Counter(rotary_append=1, attention=1)
     counts["norm_linears" if layout.input_norm else "int4_linears"] += 1
     counts["int4_linear" if apart else "linear_add"] += 1
     counts["normalize"] += 2 * (layout.attention_norm is not None)
-    if layout.up is None:
+    if layout.calls_mlp:
+        counts["normalize"] += layout.post_norm is not None or layout.input_norm is not None
+        with torch.no_grad(), Calls() as inside:
+            getattr(block, layout.mlp)(torch.randn(2, 12, 64))
+        counts += inside.counts
+    elif layout.up is None:
         counts["norm_linears"] += 1
         counts["int4_linear" if apart else "linear_add"] += 1
     else:
@@ -38,10 +65,11 @@ def in_steps(name):
 
 def is_whole(name):
     """Whether one operator runs such layers, with our cache."""
-    if name == "cohere-norms":  # whose norms have weights for every head
+    if name in ("cohere-norms", "phi-norms"):  # whose norms have weights for every head, or biases
         return False
     family = families.resolve(family_of(name))
-    return family.blocks[0].is_plain and not any(layout.concatenated for layout in family.attentions)
+    plain = all(layout.is_plain for layout in family.blocks)
+    return plain and not any(layout.concatenated or layout.norms_all_heads for layout in family.attentions)
 
 
 def unfused(name, **options):

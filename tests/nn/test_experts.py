@@ -52,6 +52,22 @@ def test_models_give_what_their_weights_say(name):
         assert torch.equal(mine, reference.generate(ids, max_new_tokens=6, do_sample=False))
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "olmoe"])
+def test_recorded_choices_and_their_loss(name):
+    patched, reference = pair(name)
+    ids = prompt()
+    with torch.no_grad():
+        plain = reference(ids, labels=ids).loss
+        torch.testing.assert_close(patched(ids, labels=ids).loss, plain)
+        got, want = (model(ids, labels=ids, output_router_logits=True) for model in (patched, reference))
+        torch.testing.assert_close(patched(ids, labels=ids).loss, plain)  # now with what transformers records by
+    assert len(got.router_logits) == len(want.router_logits) == 2
+    for a, b in zip(got.router_logits, want.router_logits, strict=True):
+        assert_near(a, b, 2e-5)
+    torch.testing.assert_close((got.loss, got.aux_loss), (want.loss, want.aux_loss))
+    assert want.aux_loss > 0
+
+
 @pytest.mark.parametrize("compute", ["int8", "int8x2", "bf16", "fp32"])
 def test_one_operator_gives_what_the_linears_do(compute):
     (experts, _) = experts_of(patch(decoder("mixtral"), compute=compute))

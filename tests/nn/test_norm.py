@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from decoders import FUSED, Calls, decoder, prompt
+from fused_layers import blocks_of
 from layer_problems import DTYPES, NORMS, assert_near, normalized, random
 from torch import nn
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
@@ -68,7 +69,8 @@ def test_families_that_have_it() -> None:
     assert {"llama", "gemma", "mistral", "qwen2", "qwen3"} <= set(found)
     assert not {"gpt_neox", "gptj", "falcon"} & set(found)  # theirs is one operator already
     for name in found:
-        inside = [m for layer in patch(decoder(name)).model.layers for m in layer.modules()]
+        inside = [m for layer in blocks_of(patch(decoder(name))) for m in layer.modules()]
+        assert inside
         assert not any(isinstance(m, FusedNorm) for m in inside)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,7 @@ class AttentionLayout:
     Attributes:
         forwards: fingerprints of the `forward` that this is true of (see support/forwards.py). Modules that compute
             anything else are left alone.
+        when: (attribute of the module, such as "config.clip_qkv", value) of those that this is true of.
         projections: of the linears for query, key and value; or of the single one that gives all three, per kv head
             its query heads, the key and the value.
         concatenated: whether that single one gives all queries, then all keys, then all values.
@@ -24,6 +26,7 @@ class AttentionLayout:
         norms_all_heads: whether such a norm takes all heads of a token together, and not each by itself.
         positions: of the buffer `[positions, features]` of sines followed by cosines, from which rows are taken by
             the argument `position_ids`; None where the argument `position_embeddings` brings (cosines, sines).
+        rotates: whether queries and keys are rotated.
         unrotated: of an argument that comes instead of a rotation; what it adds to the scores is in the mask already.
         repeats_kv: of the attribute that says whether the stock module caches a key head once per query head.
         implementation: of transformers' attention, whose masks the stock module takes.
@@ -35,6 +38,7 @@ class AttentionLayout:
     """
 
     forwards: tuple[str, ...]
+    when: tuple[tuple[str, Any], ...] = ()
     projections: tuple[str, ...] | str = ("q_proj", "k_proj", "v_proj")
     concatenated: bool = False
     output: str = "o_proj"
@@ -44,6 +48,7 @@ class AttentionLayout:
     norms: tuple[str, str] | None = None
     norms_all_heads: bool = False
     positions: str | None = None
+    rotates: bool = True
     unrotated: str | None = None
     repeats_kv: str | None = None
     implementation: str = "sdpa"

@@ -17,15 +17,16 @@ class BlockLayout:
 
     Attributes:
         forwards: fingerprints of the `forward` of the decoder layer, of the MLP and of the norms that this is
-            true of (see support/forwards.py), that of the norms None where they are `torch.nn.LayerNorm`. Modules that
-            compute anything else are left alone.
+            true of (see support/forwards.py). That of the MLP is None where it is called as the module that it is, such
+            as one of experts, and that of the norms where they are `torch.nn.LayerNorm`. Modules that compute anything
+            else are left alone.
         when: (attribute of the decoder layer, such as "config.parallel_attn", value) of those that this is true of.
         input_norm: name of the norm before attention; None where attention gets x.
         attention: name of the attention module, whose family has an `AttentionLayout`.
         attention_norm: name of the norm of what attention gives, if there is one.
         post_norm: name of the norm before the MLP; None where the MLP's norm is that before attention, or it has none
             as attention has none.
-        mlp: name of the MLP, which computes down(activation(gate(x)) * up(x)).
+        mlp: name of the MLP, which computes down(activation(gate(x)) * up(x)); where it is called, whatever it does.
         mlp_norm: name of the norm of what the MLP gives, if there is one.
         gate: name of the linear whose output goes through the activation; `up` and `down` name the others. None
             where the MLP computes down(activation(up(x))).
@@ -41,7 +42,7 @@ class BlockLayout:
         norm_offset: what is added to the weight of a norm.
     """
 
-    forwards: tuple[str, str, str | None]
+    forwards: tuple[str, str | None, str | None]
     when: tuple[tuple[str, Any], ...] = ()
     input_norm: str | None = "input_layernorm"
     attention: str = "self_attn"
@@ -67,15 +68,21 @@ class BlockLayout:
                 getattr(self, name)
 
     @cached_property
+    def calls_mlp(self) -> bool:
+        """Whether the MLP is called, so that operators run all of the layer but this."""
+        return self.forwards[1] is None
+
+    @cached_property
     def norms(self) -> tuple[str, ...]:
         """Names of the norms, of which there is at least one: those before attention and the MLP, then the others."""
         return tuple(filter(None, (self.input_norm, self.post_norm, self.attention_norm, self.mlp_norm)))
 
     @cached_property
     def is_plain(self) -> bool:
-        """Whether norms and factors are only where operators of whole layers have them, and gate and up are two."""
+        """Whether norms and factors are only where operators of whole layers have them, and gate and up are two linears
+        that these run."""
         others = (self.attention_norm, self.mlp_norm, self.residual_scale)
-        return self.input_norm is not None and others == (None,) * 3 and self.up is not None
+        return self.input_norm is not None and others == (None,) * 3 and self.up is not None and not self.calls_mlp
 
     @cached_property
     def norm_role(self) -> Role:
@@ -84,8 +91,8 @@ class BlockLayout:
 
     @cached_property
     def linears(self) -> tuple[str, ...]:
-        """Names of the linears of the MLP: gate, up and down, as far as there are such."""
-        return tuple(filter(None, (self.gate, self.up, self.down)))
+        """Names of the linears of the MLP that operators run: gate, up and down, as far as there are such."""
+        return () if self.calls_mlp else tuple(filter(None, (self.gate, self.up, self.down)))
 
 
 @dataclass(frozen=True)

@@ -207,6 +207,8 @@ def _is_cache(module: Any, layout: AttentionLayout, cache: Any) -> bool:
 
 
 def _has_rotation(module: Any, layout: AttentionLayout, kwargs: dict[str, Any]) -> bool:
+    if not layout.rotates:
+        return True
     if layout.unrotated is not None and kwargs.get(layout.unrotated) is not None:
         return kwargs.get("attention_mask") is not None
     size = getattr(module, layout.head_dim)
@@ -228,7 +230,7 @@ def _kv_heads(module: Any, layout: AttentionLayout) -> int:
 
 
 def _rotation(module: Any, layout: AttentionLayout, kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-    if layout.unrotated is not None and kwargs.get(layout.unrotated) is not None:
+    if not layout.rotates or (layout.unrotated is not None and kwargs.get(layout.unrotated) is not None):
         return None, None
     if layout.positions is not None:
         sin, cos = getattr(module, layout.positions)[kwargs["position_ids"]].chunk(2, dim=-1)

@@ -20,8 +20,8 @@ class LayerFacts:
         block: the layer.
         norms: by the names that the layout gives them.
         head_norms: norms of the heads of queries and keys, if any; None where they have to be called.
-        linears: projections, output projection, gate where there is one, up, down.
-        activation: the module between up and down.
+        linears: projections, output projection, gate where there is one, up, down; the MLP's only if it is not called.
+        activation: the module between up and down; None where the MLP is called.
         kind: the operators' name for it.
     """
 
@@ -32,7 +32,7 @@ class LayerFacts:
     head_norms: list[Any] | None
     linears: list[Any]
     activation: Any
-    kind: str
+    kind: str | None
 
     @property
     def layout(self) -> BlockLayout:
@@ -78,26 +78,26 @@ class LayerFacts:
         """Arguments of `mlp`, besides the input and the residual."""
         linears = self.linears[self.projections + 1 :]
         down = LINEAR.single(linears[-1])["perm"]
-        norm = self.norm_step(self._mlp_input_norm) or {"norm_weight": None, "norm_bias": None}
+        norm = self.given_step() or {"norm_weight": None, "norm_bias": None}
         return {**norm, **_shared(linears), "down_perm": down, "activation": self.kind}
 
     def halves_step(self) -> dict[str, Any]:
         """Arguments of `norm_linears` or `int4_linears` of the linear that gives gate and up, besides the input."""
-        return {**self.norm_step(self._mlp_input_norm), **_shared([self.linears[-2]])}
+        return {**self.given_step(), **_shared([self.linears[-2]])}
 
     def down_step(self) -> dict[str, Any]:
         """Arguments of `linear_add` or `int4_linear` of down, besides the input and the residual."""
         return LINEAR.single(self.linears[-1])
+
+    def given_step(self) -> dict[str, Any]:
+        """Arguments of `normalize` of the norm before the MLP, besides the input; none where there is no such norm."""
+        return self.norm_step(self.layout.post_norm or self.layout.input_norm)
 
     def norm_step(self, name: str | None) -> dict[str, Any]:
         """Arguments of `normalize` of the norm of that name, besides the input; none without a name."""
         if name is None:
             return {}
         return {**self.layout.norm_role.single(self.norms[name]), **self._norm_kind()}
-
-    @property
-    def _mlp_input_norm(self) -> str | None:
-        return self.layout.post_norm or self.layout.input_norm
 
     def guard(self, dtype: torch.dtype) -> Guard:
         """Everything that the arguments rest on, and that the layer is one that takes them.
@@ -106,8 +106,9 @@ class LayerFacts:
             dtype: of the layer's input, and of the parameters of norms.
         """
         norms, layout = [*self.norms.values(), *(self.head_norms or ())], self.layout
-        holders = (self.attention, self.mlp)
-        modules = [*holders, self.activation, *norms, *self.linears]
+        holders = (self.attention,) if layout.calls_mlp else (self.attention, self.mlp)
+        activations = () if layout.calls_mlp else (self.activation,)
+        modules = [*holders, *activations, *norms, *self.linears]
         guard = Guard(dtype, modules, [norm._parameters["weight"] for norm in norms])
         for module in (self.block, *holders):
             guard.watch_all(module._modules)

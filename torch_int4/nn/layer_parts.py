@@ -44,13 +44,18 @@ def find_facts(block: Any, x: Tensor, kwargs: dict[str, Any]) -> LayerFacts | No
     inner, inside = attention.torch_int4_data.layout, mlp._modules
     named: dict[str, Any] = {name: modules.get(name) for name in layout.norms}
     norms = list(named.values())
-    activation = inside.get(layout.activation)
-    kind = ACTIVATIONS.get(type(activation).__name__)
+    parts, activation, kind = [attention], None, None
+    if not layout.calls_mlp:
+        activation = inside.get(layout.activation)
+        kind = ACTIVATIONS.get(type(activation).__name__)
+        if kind is None or mlp.training:
+            return None
+        parts += [mlp, activation]
     linears = [attention._modules.get(name) for name in inner.children[: len(inner.linears) + 1]]
     linears += [inside.get(name) for name in layout.linears]
-    if kind is None or not _are_norms(norms, known, norms[0], x) or not _are_plain(linears, Int4Linear):
+    if not _are_norms(norms, known, norms[0], x) or not _are_plain(linears, Int4Linear):
         return None
-    if _has_any_global_hook() or block.training or mlp.training or _are_hooked((attention, mlp, activation)):
+    if _has_any_global_hook() or block.training or _are_hooked(parts):
         return None
     if not _are_shared(linears, len(inner.linears), layout) or not attention.serves(x, kwargs):
         return None
@@ -92,19 +97,21 @@ def _are_norms(norms: Any, known: KnownBlock, like: Any, x: Tensor) -> bool:
 
 
 def _are_of_heads(norms: list[Any], layout: AttentionLayout) -> bool:
-    """Whether norms have one weight for all heads, each of which they take by itself, as operators have it."""
-    return not layout.norms_all_heads and all(norm._parameters["weight"].dim() == 1 for norm in norms)
+    """Whether norms have one weight and no bias for all heads, each of which they take by itself, as operators have
+    it."""
+    parameters = [norm._parameters for norm in norms]
+    return not layout.norms_all_heads and all(p["weight"].dim() == 1 and p.get("bias") is None for p in parameters)
 
 
 def _are_shared(linears: list[Any], projections: int, layout: BlockLayout) -> bool:
     """Whether linears with one input can take it in one form, and those of the MLP agree."""
     first, mlp = linears[0], linears[projections + 1 :]
-    if not LINEAR.agree(linears) and not (LINEAR.agree(linears[:projections]) and LINEAR.agree(mlp)):
+    if not LINEAR.agree(linears) and not (LINEAR.agree(linears[:projections]) and (not mlp or LINEAR.agree(mlp))):
         return False
     for other in linears[1:projections]:
         if not _same_perm(first, other):
             return False
-    return layout.gate is None or layout.up is None or _same_perm(mlp[0], mlp[1])
+    return not mlp or layout.gate is None or layout.up is None or _same_perm(mlp[0], mlp[1])
 
 
 def _same_perm(a: Any, b: Any) -> bool:

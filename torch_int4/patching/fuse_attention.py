@@ -13,7 +13,7 @@ from torch_int4.config import Int4Config
 from torch_int4.layouts.attention import AttentionLayout, KnownAttention
 from torch_int4.layouts.family import Family
 from torch_int4.patching import families
-from torch_int4.patching.refusals import Refusals, unknown_forward, wrong_children
+from torch_int4.patching.refusals import Refusals, other_settings, unknown_forward, wrong_children
 from torch_int4.support.forwards import (
     arguments_read,
     attention_function,
@@ -137,6 +137,9 @@ def _known(module: nn.Module, layout: AttentionLayout, family: Family) -> KnownA
     for name in layout.attributes:
         if not hasattr(module, name):
             return f"has no attribute {name}"
+    reason = other_settings(module, layout.when, family)
+    if reason is not None:
+        return reason
     if cache is None:
         return "takes no KV cache by a name that torch_int4 knows"
     config: Any = module.config

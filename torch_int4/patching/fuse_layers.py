@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from torch_int4.layouts.family import Family
-from torch_int4.patching import families
-from torch_int4.patching.refusals import Refusals, attribute, unknown_forward, wrong_children
+from torch_int4.patching.refusals import Refusals, attribute, other_settings, unknown_forward, wrong_children
 from torch_int4.support.forwards import cache_argument, fingerprint, parameters
 
 if TYPE_CHECKING:
@@ -69,9 +68,9 @@ def _check_forwards(module: nn.Module, layout: BlockLayout, family: Family) -> s
 
 
 def _check_settings(module: nn.Module, layout: BlockLayout, family: Family) -> str | None:
-    for name, value in layout.when:
-        if attribute(module, name) != value:
-            return f"has {name} = {attribute(module, name)!r}, for which {families.source_of(family)} has no layout"
+    reason = other_settings(module, layout.when, family)
+    if reason is not None:
+        return reason
     if layout.residual_scale is not None and not isinstance(attribute(module, layout.residual_scale), (int, float)):
         return f"has {layout.residual_scale} = {attribute(module, layout.residual_scale)!r}, which is no number"
     attention: Any = module._modules[layout.attention]
@@ -93,6 +92,8 @@ def _check_children(module: nn.Module, layout: BlockLayout, family: Family) -> s
         return reason
     mlp = module._modules[layout.mlp]
     assert mlp is not None
+    if layout.calls_mlp:
+        return None
     return wrong_children(mlp, (*layout.linears, layout.activation), f"its {layout.mlp} ")
 
 
@@ -103,6 +104,8 @@ def _check_parts(module: nn.Module, layout: BlockLayout, family: Family) -> str 
     for name, norm in zip(layout.norms, norms, strict=True):
         if type(norm) is not type(norms[0]) or not _is_norm(layout, norm):
             return f"its {name} is a {type(norm).__name__} that its family does not know"
+    if layout.calls_mlp:
+        return None
     activation = type(getattr(module._modules[layout.mlp], layout.activation)).__name__
     return None if activation in ACTIVATIONS else f"its activation {activation} is not among {', '.join(ACTIVATIONS)}"
 

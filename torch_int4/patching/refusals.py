@@ -38,6 +38,15 @@ def unknown_forward(what: str, family: families.Family) -> str:
     return f"{what} is not one that {families.source_of(family)} knows (transformers {__version__})"
 
 
+def other_settings(module: nn.Module, when: Iterable[tuple[str, Any]], family: families.Family) -> str | None:
+    """The reason that a layout is one of modules with other settings."""
+    for name, value in when:
+        found = attribute(module, name)
+        if found != value:
+            return f"has {name} = {found!r}, for which {families.source_of(family)} has no layout"
+    return None
+
+
 def wrong_children(module: nn.Module, named: Iterable[str], what: str = "") -> str | None:
     """The reason that a module lacks one of the modules that a layout names, or holds another one."""
     names = tuple(named)
