@@ -23,6 +23,7 @@ FIELDS = {
         "num_kv_shared_layers": 2,
         "intermediate_size": 96,
     },
+    "minimax_m3_vl_text": {"index_block_size": 4, "index_topk_blocks": 2},
     "got_ocr2": {"vision_config": {"output_channels": 32}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
