@@ -194,7 +194,7 @@ def _name_for(decoder: Any) -> str | None:
     from torch_int4.nn.attention_interface import NAME, WITH_MASK
 
     for name, stands_for in ((NAME, SDPA), (WITH_MASK, EAGER)):
-        written_for = stands_for in (EAGER, decoder.config._attn_implementation)
+        written_for = stands_for == EAGER or getattr(decoder, "_supports_sdpa", False)
         if written_for and not any(_tells_apart(module, stands_for) for module in decoder.modules()):
             return name
     return None
