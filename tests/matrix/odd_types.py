@@ -33,7 +33,7 @@ FIELDS = {
     "mamba2": {"num_heads": 8},
     "phi4_multimodal": {"audio_config": {"nemo_conv_channels": 32}},
     "recurrent_gemma": {"num_hidden_layers": 3},
-    "reformer": {"axial_pos_embds": False, "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8},
+    "reformer": {"axial_pos_embds": False, "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8, "hash_seed": 0},
     "xmod": {"default_language": "en_XX"},
     "zamba": {**_TWICE, "attention_hidden_size": 128, "attention_head_dim": 32},
     "zamba2": {**_TWICE, "attention_hidden_size": 128, "attention_head_dim": 32},

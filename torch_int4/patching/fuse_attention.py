@@ -25,6 +25,7 @@ from torch_int4.support.forwards import (
 
 EAGER = "eager"  # transformers' plain implementation of attention
 SDPA = "sdpa"
+MASK = "create_causal_mask"  # the function of transformers whose masks have no window
 OTHERS = "computes something else unless the implementation of its attention is called 'eager' or 'sdpa'"
 KEPT = "attn_implementation='eager' was chosen before patch() and stays; set_attn_implementation({!r}) lets ours run"
 
@@ -174,6 +175,9 @@ def _use_interface(decoder: Any, kept: bool, refusals: Refusals) -> bool:
 
     if not _is_stock(ALL_ATTENTION_FUNCTIONS.get(decoder.config._attn_implementation)):
         return False
+    if _window_is_of_cache(decoder):
+        refusals.add(decoder, "the window of its attention is that of transformers' caches, and not in its masks")
+        return False
     name = _name_for(decoder)
     if name is None:
         for module in decoder.modules():
@@ -185,6 +189,16 @@ def _use_interface(decoder: Any, kept: bool, refusals: Refusals) -> bool:
         return False
     decoder.config._attn_implementation_internal = name
     return True
+
+
+def _window_is_of_cache(decoder: Any) -> bool:
+    """Whether caches of transformers drop tokens that a decoder (Moshi) never masks; ours drop none."""
+    from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
+
+    masks = {name for name in inspect.unwrap(type(decoder).forward).__code__.co_names if name.endswith("_mask")}
+    if not (MASK in masks and masks <= {MASK, "attention_mask", "causal_mask"}):
+        return False
+    return any(isinstance(layer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=decoder.config).layers)
 
 
 def _name_for(decoder: Any) -> str | None:
