@@ -35,6 +35,9 @@ class Names:
         renamed, pattern = self._rename(key, self._renamings, self._converters)
         if renamed not in self._known and key in self._known:
             renamed, pattern = self._rename(key, [], [])
+        if renamed not in self._known and key.endswith(".weight"):  # a renaming may have added that to a bare name
+            bare, pattern_of_bare = self._rename(key.removesuffix(".weight"), self._renamings, self._converters)
+            renamed, pattern = (bare, pattern_of_bare) if bare in self._known else (renamed, pattern)
         return renamed if pattern is None else None
 
     def stored_by_expert(self, source: Iterable[str]) -> set[str]:
