@@ -1,4 +1,4 @@
-"""What tiny models of single types need besides the sizes that all have, and the types that differ or cannot be built."""
+"""Fields that tiny models of single types need, and the types that fail in transformers or cannot be built."""
 
 TWO_WAYS = ["sliding_attention", "full_attention"]
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
@@ -8,6 +8,7 @@ _DSA |= {"swa_head_dim": 32, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16, "
 
 _ADAPTER = {"adapter_in_dim": 64, "adapter_out_dim": 64, "adapter_input_size": 64}
 
+_SHARED = {"layer_types": 2 * TWO_WAYS, "num_hidden_layers": 4, "num_kv_shared_layers": 2}
 _TWICE = {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3}
 
 FIELDS = {
@@ -17,12 +18,9 @@ FIELDS = {
     "dots3_note": {"text_config": _DSA, "vision_config": _ADAPTER, "audio_config": _ADAPTER},
     "dots3_note_text": _DSA,
     "falcon_h1": {"mamba_d_ssm": 128},
-    "gemma3n_text": {
-        "layer_types": 2 * TWO_WAYS,
-        "num_hidden_layers": 4,
-        "num_kv_shared_layers": 2,
-        "intermediate_size": 96,
-    },
+    "gemma3n_text": {**_SHARED, "intermediate_size": 96},
+    "gemma4_text": _SHARED,
+    "gemma4_unified_text": _SHARED,
     "minimax_m3_vl_text": {"index_block_size": 4, "index_topk_blocks": 2},
     "got_ocr2": {"vision_config": {"output_channels": 32}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -48,3 +46,16 @@ _INDEXER = {
 }
 FIELDS["qwen4_exp_text"] = _INDEXER
 FIELDS["qwen4_exp"] = {"text_config": _INDEXER}
+
+RAISE = {  # types whose `generate` with a cache raises an error in transformers, too
+    "blt": AttributeError,
+    "xlstm": ValueError,
+}
+
+NOT_BUILT = {  # types of which no tiny model can be built and run by itself, and why
+    "gemma3n": "its vision tower needs timm and Pillow; `gemma3n_text` is the decoder in it",
+    "gemma4_assistant": "a drafter, which reads the caches and hidden states of another model",
+    "gemma4_unified_assistant": "a drafter, which reads the caches and hidden states of another model",
+    "musicgen": "`AutoModelForCausalLM` does not build it from its config",
+    "musicgen_melody": "`AutoModelForCausalLM` does not build it from its config",
+}
