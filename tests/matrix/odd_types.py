@@ -15,6 +15,13 @@ FIELDS = {
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"layer_types": TWO_WAYS, "rope_parameters": dict.fromkeys(TWO_WAYS, ROPE)},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}, "max_seq_len": 512},
+    "dory": {
+        "layer_types": 2 * TWO_WAYS,
+        "num_hidden_layers": 4,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 1,
+    },
     "dots3_note": {"text_config": _DSA, "vision_config": _ADAPTER, "audio_config": _ADAPTER},
     "dots3_note_text": _DSA,
     "falcon_h1": {"mamba_d_ssm": 128},

@@ -1,6 +1,6 @@
 """Every decoder type that the installed transformers has is patched, and held to the float model of the same weights.
 
-Types are discovered; `odd_types.py` has the fields of configs that tiny models need. docs/models.md shows what came out.
+Types are discovered; `odd_types.py` has the fields of configs that tiny models need. docs/models.md shows outcomes.
 """
 
 import os
