@@ -1,4 +1,4 @@
-"""A model of a decoder type, patched, next to the float one of the same weights: where what runs, and that they agree."""
+"""A model of a decoder type, patched, next to the float one of the same weights: what runs where, and is it equal."""
 
 from __future__ import annotations
 
