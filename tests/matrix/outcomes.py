@@ -16,7 +16,7 @@ from decoders import assert_near
 from odd_types import NOT_BUILT, RAISE
 from tiny_configs import tiny_model
 from tiny_models import dequantized
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM  # noqa: F401 (its mapping is filled when it is imported)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -66,7 +66,7 @@ def outcome(model_type: str) -> Outcome:
         patched: Any = patch(copy.deepcopy(model), compute="fp32", kv_cache="fp32", progress=False)
         _compare(model_type, model, patched, dequantized(model, patched))
         _reload(patched)
-    return _described(patched.torch_int4_report, RAISE.get(model_type))
+    return _described(patched, RAISE.get(model_type))
 
 
 @torch.no_grad()
@@ -117,7 +117,8 @@ def _reload(patched: Any) -> None:
     assert torch.equal(_logits(again), _logits(patched))
 
 
-def _described(report: Any, raises: type[Exception] | None) -> Outcome:
+def _described(patched: Any, raises: type[Exception] | None) -> Outcome:
+    report = patched.torch_int4_report
     assert report.complete
     assert report.linears
     if report.blocks:
@@ -131,10 +132,24 @@ def _described(report: Any, raises: type[Exception] | None) -> Outcome:
         one = report.experts == report.experts_modules
         experts = "one operator" if one else "linear by linear"
         assert one or report.experts == 0
-    reasons = sorted({reason for _, reason in report.skipped})
+    reasons = [f"float: {reason}" for reason in sorted({reason for _, reason in report.skipped})]
+    if kinds := _matrices(patched, {name for name, _ in report.skipped}):
+        reasons.append(f"float: {', '.join(kinds)}")
     sentences = [sentence.partition("; ")[0] for sentence in report.unfused]
     failing = [f"`generate` with a cache raises {raises.__name__} in transformers, too"] if raises else []
-    return Outcome(attention, experts, (*(f"float: {reason}" for reason in reasons), *sentences, *failing))
+    return Outcome(attention, experts, (*reasons, *sentences, *failing))
+
+
+def _matrices(model: Any, told: set[str]) -> list[str]:
+    """Classes of modules, no embeddings, that keep matrices in float; those of `told` names have a reason already."""
+
+    def keeps(module: nn.Module) -> bool:
+        held = [parameter for parameter in module._parameters.values() if parameter is not None]
+        return not isinstance(module, nn.Embedding) and any(x.dim() > 1 and x.is_floating_point() for x in held)
+
+    return sorted(
+        {type(module).__name__ for name, module in model.named_modules() if name not in told and keeps(module)}
+    )
 
 
 def table() -> str:
