@@ -31,7 +31,8 @@ def forget(model: nn.Module, records: list[tuple[str, nn.Module, dict[str, str]]
 
     A config says of all ties of its models at once whether they hold, and goes on doing so while any is left.
     """
-    fewer, still_tied = [], set()
+    fewer: list[nn.Module] = []
+    still_tied: set[int] = set()
     for name, module, ties in records:
         kept = _without(ties, _relative(replaced, name))
         if len(kept) != len(ties):
