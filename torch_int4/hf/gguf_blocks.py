@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ class Direct:
         """
         if any(len(entry.shape) > 2 for entry in self.file.tensors.values()):
             return None  # experts, convolutions
-        names, taken = self._names(model, self.processor), []
+        names, taken = self._names_in(model), []
         output = model.get_output_embeddings()
         for name, entry in self.file.tensors.items():
             target = names.get(name)
@@ -87,6 +88,17 @@ class Direct:
         if any(p.is_meta for p in model.parameters()):
             return None
         return taken
+
+    def _names_in(self, model: Any) -> dict[str, str]:
+        """The parameters of a model by the names of the file's tensors.
+
+        transformers looks a model's names up again for each of its modules, as names in some files begin inside of it,
+        and makes its table each time: seconds, where the names of the whole are enough.
+        """
+        whole = SimpleNamespace(config=model.config, state_dict=model.state_dict, named_children=tuple)
+        names = self._names(whole, self.processor)
+        unknown = [name for name in self.file.tensors if name not in names and not name.startswith("rope_freqs")]
+        return self._names(model, self.processor) if unknown else names
 
     def _blocks(self, name: str, entry: GgufTensor, module: nn.Module) -> GgufBlocks | None:
         if type(module) is not nn.Linear or entry.kind not in BLOCKS or entry.shape != tuple(module.weight.shape):
