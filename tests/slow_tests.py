@@ -52,7 +52,7 @@ class SlowTests:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Functions of which only a part ran keep the longer time of an earlier run."""
         cache: Any = getattr(session.config, "cache", None)
-        if cache is None:
+        if cache is None or hasattr(session.config, "workerinput"):  # one of several processes: the first one notes all
             return
         known = cache.get(NOTES, {})
         known |= {name: round(max(taken, known.get(name, 0.0)), 3) for name, taken in self.seconds.items()}

@@ -1,12 +1,16 @@
 #include "framework/linear.h"
 
+#include <algorithm>
+#include <vector>
+
 #include "framework/dispatch.h"
 #include "framework/products.h"
 
 namespace torch_int4 {
 namespace {
 
-constexpr int64_t kPassRows = 128;  // kernels read weights once for so many rows, or more often
+constexpr int64_t kPassRows = 128;      // kernels read weights once for so many rows, or more often
+constexpr int kForms = kMaxBlock / 16;  // in which weights may take one input: blocks of 16 inputs, 32, 48, ...
 
 struct Rows {
   const Input& x;
@@ -24,12 +28,26 @@ void prepare_rows(void* context, int64_t begin, int64_t end) {
 
 const char* linear(const PackedWeight* w, const Output* y, int count, const Input& x, Compute compute,
                    ParallelFor parallel) {
-  thread_local RowsMemory memory;
-  memory.reserve(*w, compute, x.rows);
-  Rows rows{x, *w, compute, memory.part(0, x.rows)};
-  over_rows(x.rows, row_cost(x, *w), parallel, prepare_rows, &rows);
-  run_products({w, y, &rows.prepared, count, false}, compute, parallel);
-  memory.trim();
+  thread_local RowsMemory memory[kForms];
+  PreparedRows forms[kForms];
+  std::vector<PreparedRows> rows;  // of each weight, where not all take the same
+  int64_t blocks[kForms];          // lengths of the blocks of each form; floats have no blocks
+  int made = 0;
+  for (int i = 0; i < count; ++i) {
+    const int64_t block = is_integer(compute) ? w[i].block : 0;
+    const int form = int(std::find(blocks, blocks + made, block) - blocks);
+    if (form == made) {
+      blocks[made] = block;
+      memory[made].reserve(w[i], compute, x.rows);
+      forms[made] = memory[made].part(0, x.rows);
+      Rows job{x, w[i], compute, forms[made++]};
+      over_rows(x.rows, row_cost(x, w[i]), parallel, prepare_rows, &job);
+    }
+    if (made > 1 && rows.empty()) rows.assign(size_t(i), forms[0]);
+    if (made > 1) rows.push_back(forms[form]);
+  }
+  run_products({w, y, rows.empty() ? forms : rows.data(), count, !rows.empty()}, compute, parallel);
+  for (int i = 0; i < made; ++i) memory[i].trim();
   return active_kernels().name;
 }
 

@@ -23,8 +23,8 @@ struct Input {
 using ParallelBody = void (*)(void* context, int64_t begin, int64_t end);
 using ParallelFor = void (*)(int64_t count, int64_t grain, ParallelBody body, void* context);
 
-// y[i] = x w[i]^T + bias for `count` weights with the same inputs and the same blocks: x is quantized once, and one
-// fork-join covers all of them. Returns the name of the kernel set that ran.
+// y[i] = x w[i]^T + bias for `count` weights with the same inputs: x is quantized once for each length of blocks among
+// them, and one fork-join covers all of them. Returns the name of the kernel set that ran.
 const char* linear(const PackedWeight* w, const Output* y, int count, const Input& x, Compute compute,
                    ParallelFor parallel);
 

@@ -3,6 +3,8 @@
 #include <math.h>
 #include <string.h>
 
+#include <type_traits>
+
 #include "kernels/scalar.h"
 
 namespace torch_int4 {
@@ -26,7 +28,7 @@ void each_parameter(const PackedWeight& shape, int64_t first, int64_t last, Move
 // first index is -1 in rows beyond the weight.
 template <class Move>
 void each_record(const PackedWeight& shape, int64_t first, int64_t last, Move move) {
-  const int64_t records = shape.groups / kRecordGroups;
+  const int64_t records = shape.padded_inputs / kRecordInputs;
   for (int64_t panel = first; panel < last; ++panel) {
     for (int64_t i = 0; i < records; ++i) {
       for (int row = 0; row < kPanelRows; ++row) {
@@ -34,6 +36,35 @@ void each_record(const PackedWeight& shape, int64_t first, int64_t last, Move mo
         move(n < shape.out_features ? n * records + i : -1, panel * records + i, row);
       }
     }
+  }
+}
+
+// body(a record of what a kind of offsets has).
+template <class Body>
+void with_record(Offset offset, Body body) {
+  if (offset == Offset::kTwoLevel) body(TwoLevels{});
+  if (offset == Offset::kTwoLevelScale) body(TwoLevelScales<kSlab>{});
+  if (offset == Offset::kTwoLevelHalves) body(TwoLevelScales<kHalf>{});
+}
+
+// move(number inside a record, its array outside, its place there) of all numbers of a row in record `plain` of a weight.
+template <class Move>
+void each_parameter_of(TwoLevels& record, int row, int64_t plain, const TwoLevelParameters& given, Move move) {
+  move(record.scale[row], given.scales, plain);
+  move(record.offset[row], given.offsets, plain);
+  for (int i = 0; i < 2 * TwoLevels::kGroups; ++i) {
+    move(record.multipliers[i / 2][i % 2][row], static_cast<uint8_t*>(given.multipliers),
+         plain * 2 * TwoLevels::kGroups + i);
+  }
+}
+
+template <int kInputs, class Move>
+void each_parameter_of(TwoLevelScales<kInputs>& record, int row, int64_t plain, const TwoLevelParameters& given,
+                       Move move) {
+  constexpr int kGroups = TwoLevelScales<kInputs>::kGroups;
+  move(record.scale[row], given.scales, plain);
+  for (int i = 0; i < kGroups; ++i) {
+    move(record.multipliers[i][row], static_cast<int8_t*>(given.multipliers), plain * kGroups + i);
   }
 }
 
@@ -45,24 +76,47 @@ void with_width(int bytes, Body body) {
   body(uint32_t(0));
 }
 
-// The codes of one row in a line: every four inputs are one word (place_of), shifted by what lies before them.
-template <class Type>
-uint32_t pack_word(Type type, const uint8_t* codes) {
-  uint32_t word = 0;
-  for (int i = 0; i < line_inputs(type); i += 4) {
-    uint32_t four;
-    memcpy(&four, codes + i, sizeof four);
-    word |= four << (i / 4 * code_bits(type));
+// A word of each line is a row's: the `bits` above `skipped` ones of every four codes, four bytes at once, shifted by
+// those before them. `packed` is the row's first word.
+template <int kBits>
+void pack_lines(const uint8_t* codes, int skipped, uint8_t* packed) {
+  for (int i = 0; i < kSlab; i += 32 / kBits, packed += kLineBytes) {
+    uint32_t word = 0;
+    for (int quad = 0; quad < 8 / kBits; ++quad) {
+      uint32_t four;
+      memcpy(&four, codes + i + 4 * quad, sizeof four);
+      word |= (four >> skipped & ((1 << kBits) - 1) * 0x01010101u) << (quad * kBits);
+    }
+    memcpy(packed, &word, sizeof word);
   }
-  return word;
+}
+
+template <int kBits>
+void unpack_lines(const uint8_t* packed, int skipped, uint8_t* codes) {
+  for (int i = 0; i < kSlab; i += 32 / kBits, packed += kLineBytes) {
+    uint32_t word;
+    memcpy(&word, packed, sizeof word);
+    for (int quad = 0; quad < 8 / kBits; ++quad) {
+      uint32_t four;
+      memcpy(&four, codes + i + 4 * quad, sizeof four);
+      four |= (word >> (quad * kBits) & ((1 << kBits) - 1) * 0x01010101u) << skipped;
+      memcpy(codes + i + 4 * quad, &four, sizeof four);
+    }
+  }
+}
+
+// The codes of a row in a slab, where its words begin at `packed`.
+template <class Type>
+void pack_row(Type type, const uint8_t* codes, uint8_t* packed) {
+  pack_lines<low_bits(type)>(codes, 0, packed);
+  if constexpr (high_bits(type) > 0) pack_lines<high_bits(type)>(codes, low_bits(type), packed + low_bytes(type));
 }
 
 template <class Type>
-void unpack_word(Type type, uint32_t word, uint8_t* codes) {
-  for (int i = 0; i < line_inputs(type); i += 4) {
-    const uint32_t four = word >> (i / 4 * code_bits(type)) & (code_mask(type) * 0x01010101u);
-    memcpy(codes + i, &four, sizeof four);
-  }
+void unpack_row(Type type, const uint8_t* packed, uint8_t* codes) {
+  memset(codes, 0, kSlab);
+  unpack_lines<low_bits(type)>(packed, 0, codes);
+  if constexpr (high_bits(type) > 0) unpack_lines<high_bits(type)>(packed + low_bytes(type), low_bits(type), codes);
 }
 
 // move(row, its codes, the first byte of its words) of every row and slab of panels [first, last). Slabs come before
@@ -92,10 +146,7 @@ void pack_codes(const uint8_t* codes, const PackedWeight& shape, int64_t first, 
       } else if (there > 0) {
         memcpy(copied, codes + n * shape.in_features + k, size_t(there));
       }
-      for (int i = 0; i < kSlab; i += line_inputs(type), byte += kLineBytes) {
-        const uint32_t word = pack_word(type, from + i);
-        memcpy(packed + byte, &word, sizeof word);
-      }
+      pack_row(type, from, packed + byte);
     });
   });
 }
@@ -107,11 +158,7 @@ void unpack_codes(const PackedWeight& w, int64_t first, int64_t last, uint8_t* c
       if (there <= 0) return;
       uint8_t copied[kSlab];
       uint8_t* to = there == kSlab ? codes + n * w.in_features + k : copied;
-      for (int i = 0; i < kSlab; i += line_inputs(type), byte += kLineBytes) {
-        uint32_t word;
-        memcpy(&word, w.codes + byte, sizeof word);
-        unpack_word(type, word, to + i);
-      }
+      unpack_row(type, w.codes + byte, to);
       if (to == copied) memcpy(codes + n * w.in_features + k, copied, size_t(there));
     });
   });
@@ -138,29 +185,28 @@ void unpack_parameters(const void* packed, int bytes, const PackedWeight& shape,
   });
 }
 
-void pack_two_levels(const uint16_t* scales, const uint16_t* offsets, const uint8_t* multipliers,
-                     const PackedWeight& shape, int64_t first, int64_t last, TwoLevels* packed) {
-  each_record(shape, first, last, [&](int64_t plain, int64_t place, int row) {
-    TwoLevels& record = packed[place];
-    record.scale[row] = plain < 0 ? uint16_t(0) : scales[plain];
-    record.offset[row] = plain < 0 ? uint16_t(0) : offsets[plain];
-    for (int i = 0; i < 2 * kRecordGroups; ++i) {
-      record.multipliers[i / 2][i % 2][row] = plain < 0 ? uint8_t(0) : multipliers[plain * 2 * kRecordGroups + i];
-    }
+void pack_records(const TwoLevelParameters& given, const PackedWeight& shape, int64_t first, int64_t last,
+                  void* packed) {
+  with_record(shape.offset, [&](auto zero) {
+    using Record = decltype(zero);
+    each_record(shape, first, last, [&](int64_t plain, int64_t place, int row) {
+      Record& record = static_cast<Record*>(packed)[place];
+      each_parameter_of(record, row, plain, given, [&](auto& inside, auto* outside, int64_t i) {
+        inside = plain < 0 ? std::remove_reference_t<decltype(inside)>(0) : outside[i];
+      });
+    });
   });
 }
 
-void unpack_two_levels(const PackedWeight& w, int64_t first, int64_t last, uint16_t* scales, uint16_t* offsets,
-                       uint8_t* multipliers) {
-  const auto* packed = static_cast<const TwoLevels*>(w.scales);
-  each_record(w, first, last, [&](int64_t plain, int64_t place, int row) {
-    if (plain < 0) return;
-    const TwoLevels& record = packed[place];
-    scales[plain] = record.scale[row];
-    offsets[plain] = record.offset[row];
-    for (int i = 0; i < 2 * kRecordGroups; ++i) {
-      multipliers[plain * 2 * kRecordGroups + i] = record.multipliers[i / 2][i % 2][row];
-    }
+void unpack_records(const PackedWeight& w, int64_t first, int64_t last, const TwoLevelParameters& target) {
+  with_record(w.offset, [&](auto zero) {
+    using Record = decltype(zero);
+    each_record(w, first, last, [&](int64_t plain, int64_t place, int row) {
+      if (plain < 0) return;
+      Record record = static_cast<const Record*>(w.scales)[place];
+      each_parameter_of(record, row, plain, target,
+                        [](auto& inside, auto* outside, int64_t i) { outside[i] = inside; });
+    });
   });
 }
 
@@ -170,8 +216,7 @@ void dequantize(const PackedWeight& w, int64_t first, int64_t last, const int64_
       const uint8_t* panel = w.codes + n / kPanelRows * w.panel_bytes();
       for (int64_t k = 0; k < w.in_features; ++k) {
         const int64_t i = (n / kPanelRows * w.groups + k / w.group) * kPanelRows + n % kPanelRows;
-        const Place at = place_of(type, int(n % kPanelRows), k);
-        const int code = (panel[at.byte] >> at.shift) & code_mask(type);
+        const int code = code_in_panel(type, panel, int(n % kPanelRows), k);
         const GroupParameters p = group_parameters(w, i);
         const float value = fmaf(w.book ? w.book->values[code] : float(code - p.zero), p.scale, p.offset);
         store_element(target, dtype, n * w.in_features + (perm ? perm[k] : k), value);

@@ -15,12 +15,17 @@ void pack_parameters(const void* values, int bytes, const PackedWeight& shape, i
 void unpack_parameters(const void* packed, int bytes, const PackedWeight& shape, int64_t first, int64_t last,
                        void* values);
 
-// Scales and offsets of two levels: float16 [out_features][records] and multipliers [out_features][groups][2] <->
-// [panels][records], with a record for kRecordGroups groups. Those of rows beyond the weight become zero.
-void pack_two_levels(const uint16_t* scales, const uint16_t* offsets, const uint8_t* multipliers,
-                     const PackedWeight& shape, int64_t first, int64_t last, TwoLevels* packed);
-void unpack_two_levels(const PackedWeight& w, int64_t first, int64_t last, uint16_t* scales, uint16_t* offsets,
-                       uint8_t* multipliers);
+// Scales, and offsets, of two levels: float16 [out_features][records], and multipliers, uint8 [out_features][groups][2]
+// of scales and offsets (kTwoLevel), or int8 [out_features][groups] of scales alone.
+struct TwoLevelParameters {
+  uint16_t *scales, *offsets;  // the latter null where there are none
+  void* multipliers;
+};
+
+// Between them and the records of kernel.h, [panels][records]. Those of rows beyond the weight become zero.
+void pack_records(const TwoLevelParameters& given, const PackedWeight& shape, int64_t first, int64_t last,
+                  void* packed);
+void unpack_records(const PackedWeight& w, int64_t first, int64_t last, const TwoLevelParameters& target);
 
 // Output rows [first * 16, last * 16) as floats, w = fma(code - zero, scale, offset); perm scatters the inputs back.
 void dequantize(const PackedWeight& w, int64_t first, int64_t last, const int64_t* perm, DType dtype, void* target);

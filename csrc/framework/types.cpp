@@ -5,6 +5,7 @@
 namespace torch_int4 {
 
 const NamedType kNamedTypes[] = {{"int4", WeightType::kInt4, nullptr},     {"int8", WeightType::kInt8, nullptr},
+                                 {"int5", WeightType::kInt5, nullptr},     {"int6", WeightType::kInt6, nullptr},
                                  {"nf4", WeightType::kBook, &kNf4},        {"fp4", WeightType::kBook, &kFp4},
                                  {"bnb_fp4", WeightType::kBook, &kBnbFp4}, {"iq4_nl", WeightType::kBook, &kIq4Nl}};
 const int kNamedTypeCount = int(sizeof kNamedTypes / sizeof *kNamedTypes);

@@ -95,25 +95,23 @@ struct AmxInt8 {
     alignas(64) uint8_t unpacked[kMaxBlock * kPanelRows];
     alignas(64) int32_t sums[kTile * kPanelRows];
     alignas(64) float c[kRowBlock * kPanelRows];
-    const Tiles tiles(a.rows, kSlab, kSlab / 4);
+    constexpr int kStep = Loops::kHalves ? kHalf : kSlab;  // inputs of a tile
+    const Tiles tiles(a.rows, kStep, kStep / 4);
     for (int64_t row = 0; row < a.rows; row += kRowBlock) {
       const int rows = int(smaller(kRowBlock, a.rows - row));
       for (int64_t panel = first; panel < last; ++panel) {
         for (int i = 0; i < rows; ++i) V::store(c + i * kPanelRows, V::zero());
-        const uint8_t* codes = w.codes + panel * w.panel_bytes();
         for (int64_t b = 0; b < w.blocks; ++b) {
-          const int64_t slabs = smaller(w.block, w.padded_inputs - b * w.block) / kSlab;
-          const uint8_t* weights = code_bits(T) == 8 ? codes : unpacked;
-          for (int64_t s = 0; s < slabs; ++s, codes += slab_bytes(T)) {
-            if constexpr (code_bits(T) < 8) V::unpack<T>(codes, unpacked + s * kSlab * kPanelRows, w.book);
-          }
+          const int64_t input = b * w.block, inputs = smaller(w.block, w.padded_inputs - input);
+          const int inside = int(input % kSlab);  // of the slab that the block begins in
+          const uint8_t* weights = weights_of(w, panel, input / kSlab, (inside + inputs) / kSlab, inside, unpacked);
           const auto group =
               Loops::load_group(w, w.scale_type, (panel * w.groups + b / w.blocks_per_group()) * kPanelRows);
-          const int8_t* x = a.codes + (b * w.block / kSlab * a.rows + row) * kSlab;
+          const int8_t* x = a.codes + (input / kSlab * a.rows + row) * kSlab + inside;
           const int64_t block = b * a.rows + row;
           for (int i = 0; i < rows; i += kTile) {
             const int count = int(smaller(kTile, rows - i));
-            multiply_int8(count == kTile, x + i * kSlab, a.rows * kSlab, weights, slabs, sums);
+            multiply_int8(count == kTile, x + i * kSlab, a.rows * kSlab, weights, inputs / kStep, sums);
             for (int m = 0; m < count; ++m) {
               float* target = c + (i + m) * kPanelRows;
               const auto dot = V::add_int(Loops::start(a, block + i + m), V::load_int(sums + m * kPanelRows));
@@ -125,22 +123,24 @@ struct AmxInt8 {
       }
     }
   }
-};
 
-template <WeightType T>
-void amx_int8_typed(const PackedWeight& w, const QuantizedRows& a, int64_t first, int64_t last, int streams,
-                    const Output& out) {
-  if (w.offset == Offset::kSymmetric) AmxInt8<T, Offset::kSymmetric>::run(w, a, first, last, streams, out);
-  else if (w.offset == Offset::kInteger) AmxInt8<T, Offset::kInteger>::run(w, a, first, last, streams, out);
-  else if (w.offset == Offset::kFloat) AmxInt8<T, Offset::kFloat>::run(w, a, first, last, streams, out);
-  else AmxInt8<T, Offset::kTwoLevel>::run(w, a, first, last, streams, out);
-}
+  // The lines of a block as bytes, four inputs of a row in each four: those that are packed so, or unpacked ones. A block
+  // that begins inside a slab finds them where the block before has left them.
+  static TI4_INLINE const uint8_t* weights_of(const PackedWeight& w, int64_t panel, int64_t slab, int64_t slabs,
+                                              int inside, uint8_t* unpacked) {
+    const uint8_t* codes = w.codes + panel * w.panel_bytes() + slab * slab_bytes(T);
+    if constexpr (code_bits(T) == 8) return codes;
+    if (inside) return unpacked + inside * kPanelRows;
+    for (int64_t s = 0; s < (Loops::kHalves ? 1 : slabs); ++s, codes += slab_bytes(T)) {
+      V::unpack<T>(codes, unpacked + s * kSlab * kPanelRows, w.book);
+    }
+    return unpacked;
+  }
+};
 
 void amx_int8(const PackedWeight& w, const QuantizedRows& a, int64_t first, int64_t last, int streams,
               const Output& out) {
-  if (w.type == WeightType::kInt4) return amx_int8_typed<WeightType::kInt4>(w, a, first, last, streams, out);
-  if (w.type == WeightType::kInt8) return amx_int8_typed<WeightType::kInt8>(w, a, first, last, streams, out);
-  AmxInt8<WeightType::kBook, Offset::kSymmetric>::run(w, a, first, last, streams, out);
+  with_loops(w, [&](auto type, auto offset) { AmxInt8<type, offset>::run(w, a, first, last, streams, out); });
 }
 
 // 32 inputs x 16 rows of floats to the B tile of bfloat16 products: pairs of inputs, 16 rows each.
@@ -197,16 +197,16 @@ void amx_bf16_typed(const PackedWeight& w, const FloatRows& a, int64_t first, in
     for (int64_t row = 0; row < a.rows; row += kTile) {
       const int rows = int(smaller(kTile, a.rows - row));
       for (int p = 0; p < panels; ++p) memset(c[p], 0, sizeof c[p]);
-      for (int64_t b = 0; b < w.blocks; ++b) {
-        const int64_t inputs = smaller(w.block, w.padded_inputs - b * w.block), slabs = inputs / kSlab;
+      for (int64_t input = 0, inputs; input < w.padded_inputs; input += inputs) {
+        inputs = smaller(FloatLoops<V, T>::span_of(w), w.padded_inputs - input);
+        const int64_t slabs = inputs / kSlab;
         for (int64_t s = 0; s < slabs; ++s) {
-          const float* rows_of_slab = a.values + ((b * w.block / kSlab + s) * a.rows + row) * kSlab;
+          const float* rows_of_slab = a.values + ((input / kSlab + s) * a.rows + row) * kSlab;
           narrow_rows(rows_of_slab, rows, x + s * kTile * kSlab);
         }
         for (int p = 0; p < panels; ++p) {
           uint8_t* tiles_of_panel = weights + p * kBlockBytes;
-          const uint8_t* codes = w.codes + (panel + p) * w.panel_bytes() + b * w.block / kSlab * slab_bytes(T);
-          FloatLoops<V, T>::dequantize(w, codes, panel + p, b / w.blocks_per_group(), inputs, false, dense);
+          FloatLoops<V, T>::dequantize(w, panel + p, input, inputs, false, dense);
           for (int64_t s = 0; s < slabs; ++s) {
             pair_bfloat16(dense + s * kSlab * kPanelRows, tiles_of_panel + s * kSlab * kPanelRows * 2);
           }
@@ -220,9 +220,7 @@ void amx_bf16_typed(const PackedWeight& w, const FloatRows& a, int64_t first, in
 
 void amx_float(const PackedWeight& w, const FloatRows& a, int64_t first, int64_t last, bool bf16, const Output& out) {
   if (!bf16 || a.rows <= kSmallRows) return loops_linear_float<V>(w, a, first, last, bf16, out);
-  if (w.type == WeightType::kInt4) amx_bf16_typed<WeightType::kInt4>(w, a, first, last, out);
-  else if (w.type == WeightType::kInt8) amx_bf16_typed<WeightType::kInt8>(w, a, first, last, out);
-  else amx_bf16_typed<WeightType::kBook>(w, a, first, last, out);
+  with_type(w.type, [&](auto type) { amx_bf16_typed<type>(w, a, first, last, out); });
 }
 
 IsaKernels kernels{"amx", 50, nullptr, loops_to_float<V>, loops_quantize<V>, amx_int8, amx_float, TI4_SHARED(V)};

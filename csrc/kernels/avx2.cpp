@@ -44,16 +44,21 @@ struct Avx2 : Avx2Vectors, SignedPlanes {
   static TI4_INLINE Signed load_signed(const uint8_t* w, int j, int half, const Codebook* book) {
     const uint8_t* place = w + j * kLineBytes + half * 32;
     if constexpr (S == Source::kUnpacked8) return {load256(place), load256(place + kPlane)};
+    if constexpr (is_split(S)) {
+      const __m256i codes = _mm256_or_si256(load_nibbles<S>(w, j, half), high_part<Avx2, S>(w, j, half * 32));
+      const __m256i centred = _mm256_sub_epi8(codes, _mm256_set1_epi8(zero_point(split_type(S))));
+      return {centred, _mm256_abs_epi8(centred)};
+    }
     const __m256i value = S == Source::kBookLines ? lookup_bytes(book->weights, load_nibbles<S>(w, j, half))
                                                   : _mm256_xor_si256(load256(place), _mm256_set1_epi8(-128));
     return {value, _mm256_abs_epi8(value)};
   }
 
-  template <Source S, int P, int M>
+  template <Source S, int kFirst, int kLast, int P, int M>
   static TI4_INLINE void dot_nibbles(I (&dot)[P][M], const uint8_t* const (&w)[P], const int8_t* x) {
     __m256i low[P][M], high[P][M];
 #pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) {
+    for (int j = kFirst; j < kLast; ++j) {
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) {
         const __m256i w0 = load_nibbles<S>(w[p], j, 0), w1 = load_nibbles<S>(w[p], j, 1);
@@ -61,8 +66,8 @@ struct Avx2 : Avx2Vectors, SignedPlanes {
         for (int m = 0; m < M; ++m) {
           const __m256i b = spread_quad(x + m * kSlab + j * 4);
           const __m256i p0 = _mm256_maddubs_epi16(w0, b), p1 = _mm256_maddubs_epi16(w1, b);
-          low[p][m] = j ? _mm256_add_epi16(low[p][m], p0) : p0;
-          high[p][m] = j ? _mm256_add_epi16(high[p][m], p1) : p1;
+          low[p][m] = j > kFirst ? _mm256_add_epi16(low[p][m], p0) : p0;
+          high[p][m] = j > kFirst ? _mm256_add_epi16(high[p][m], p1) : p1;
           TI4_KEEP(low[p][m]);
           TI4_KEEP(high[p][m]);
         }
@@ -79,11 +84,11 @@ struct Avx2 : Avx2Vectors, SignedPlanes {
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   }
 
-  template <Source S, int P, int M>
+  template <Source S, int kFirst, int kLast, int P, int M>
   static TI4_INLINE void dot_signed(I (&dot)[P][M], const uint8_t* const (&w)[P], const int8_t* x,
                                     const Codebook* book) {
 #pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) {
+    for (int j = kFirst; j < kLast; ++j) {
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) {
         add_signed<0>(dot[p], load_signed<S>(w[p], j, 0, book), x + j * 4);
@@ -104,10 +109,10 @@ struct Avx2 : Avx2Vectors, SignedPlanes {
     }
   }
 
-  template <Source S, int P, int M>
-  static TI4_INLINE void dot32(I (&dot)[P][M], const uint8_t* const (&w)[P], const int8_t* x, const Codebook* book) {
-    if constexpr (S == Source::kInt4Lines || S == Source::kUnpacked4) dot_nibbles<S>(dot, w, x);
-    else dot_signed<S>(dot, w, x, book);
+  template <Source S, int kFirst, int kLast, int P, int M>
+  static TI4_INLINE void dot(I (&dot)[P][M], const uint8_t* const (&w)[P], const int8_t* x, const Codebook* book) {
+    if constexpr (S == Source::kInt4Lines || S == Source::kUnpacked4) dot_nibbles<S, kFirst, kLast>(dot, w, x);
+    else dot_signed<S, kFirst, kLast>(dot, w, x, book);
   }
 
   template <WeightType T>

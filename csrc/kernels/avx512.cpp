@@ -42,6 +42,11 @@ struct Avx512 : Avx512Vectors, SignedPlanes {
   static TI4_INLINE Signed load_signed(const uint8_t* w, int j, const Codebook* book) {
     const uint8_t* line = w + j * kLineBytes;
     if constexpr (S == Source::kUnpacked8) return {load_int(line), load_int(line + kPlane)};
+    if constexpr (is_split(S)) {
+      const __m512i codes = _mm512_or_si512(load_nibbles<S>(w, j), high_part<Avx512, S>(w, j, 0));
+      const __m512i centred = _mm512_sub_epi8(codes, _mm512_set1_epi8(zero_point(split_type(S))));
+      return {centred, _mm512_abs_epi8(centred)};
+    }
     const __m512i value = S == Source::kBookLines ? lookup_bytes(book->weights, load_nibbles<S>(w, j))
                                                   : _mm512_xor_si512(load_int(line), _mm512_set1_epi8(-128));
     return {value, _mm512_abs_epi8(value)};
@@ -51,18 +56,18 @@ struct Avx512 : Avx512Vectors, SignedPlanes {
     return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
   }
 
-  template <Source S, int P, int M>
+  template <Source S, int kFirst, int kLast, int P, int M>
   static TI4_INLINE void dot_nibbles(I (&dot)[P][M], const uint8_t* const (&w)[P], const int8_t* x) {
     __m512i sum[P][M];
 #pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) {
+    for (int j = kFirst; j < kLast; ++j) {
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) {
         const __m512i codes = load_nibbles<S>(w[p], j);
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
           const __m512i product = _mm512_maddubs_epi16(codes, spread_quad(x + m * kSlab + j * 4));
-          sum[p][m] = j ? _mm512_add_epi16(sum[p][m], product) : product;
+          sum[p][m] = j > kFirst ? _mm512_add_epi16(sum[p][m], product) : product;
           TI4_KEEP(sum[p][m]);
         }
       }
@@ -74,11 +79,11 @@ struct Avx512 : Avx512Vectors, SignedPlanes {
     }
   }
 
-  template <Source S, int P, int M>
+  template <Source S, int kFirst, int kLast, int P, int M>
   static TI4_INLINE void dot_signed(I (&dot)[P][M], const uint8_t* const (&w)[P], const int8_t* x,
                                     const Codebook* book) {
 #pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) {
+    for (int j = kFirst; j < kLast; ++j) {
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) {
         const Signed codes = load_signed<S>(w[p], j, book);
@@ -94,10 +99,10 @@ struct Avx512 : Avx512Vectors, SignedPlanes {
     }
   }
 
-  template <Source S, int P, int M>
-  static TI4_INLINE void dot32(I (&dot)[P][M], const uint8_t* const (&w)[P], const int8_t* x, const Codebook* book) {
-    if constexpr (S == Source::kInt4Lines || S == Source::kUnpacked4) dot_nibbles<S>(dot, w, x);
-    else dot_signed<S>(dot, w, x, book);
+  template <Source S, int kFirst, int kLast, int P, int M>
+  static TI4_INLINE void dot(I (&dot)[P][M], const uint8_t* const (&w)[P], const int8_t* x, const Codebook* book) {
+    if constexpr (S == Source::kInt4Lines || S == Source::kUnpacked4) dot_nibbles<S, kFirst, kLast>(dot, w, x);
+    else dot_signed<S, kFirst, kLast>(dot, w, x, book);
   }
 
   template <WeightType T>

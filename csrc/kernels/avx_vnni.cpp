@@ -22,25 +22,23 @@ TI4_TARGET("avx2,fma,f16c,avxvnni")
 namespace torch_int4 {
 namespace {
 
-struct AvxVnni : Avx2Vectors {
+struct AvxVnni : Avx2Vectors, UnsignedCodes {
   static constexpr int kTileRows = 4, kTileWidth = 1, kPassRows = 128, kDirectRows = 2, kDirectRows8 = 2,
                        kDirectLimit = 8, kFloatRows = 6, kTurnSums = 4;
-  static constexpr int kRowStreams = kStreams, kCentre8 = 0;
+  static constexpr int kRowStreams = kStreams;
   static constexpr bool kOneSlab = false;
-
-  // Int8 lines are what dpbusd reads: they stay where they are.
-  template <WeightType T>
-  static constexpr int unpacked_bytes() {
-    return code_bits(T) == 8 ? 0 : kSlab * kPanelRows;
-  }
 
   template <Source S>
   static TI4_INLINE I load_codes(const uint8_t* w, int j, const Codebook* book) {
-    if constexpr (S == Source::kInt4Lines || S == Source::kBookLines) {
+    if constexpr (S == Source::kInt4Lines || S == Source::kBookLines || is_split(S)) {
       const I line = load_int(w + j / 2 * kLineBytes);
       const I nibbles =
           j % 2 ? I{high_nibbles(line.lo), high_nibbles(line.hi)} : I{low_nibbles(line.lo), low_nibbles(line.hi)};
       if constexpr (S == Source::kInt4Lines) return nibbles;
+      if constexpr (is_split(S)) {
+        return {_mm256_or_si256(nibbles.lo, high_part<AvxVnni, S>(w, j, 0)),
+                _mm256_or_si256(nibbles.hi, high_part<AvxVnni, S>(w, j, 32))};
+      }
       return {lookup_bytes(book->codes, nibbles.lo), lookup_bytes(book->codes, nibbles.hi)};
     } else {
       return load_int(w + j * kLineBytes);
@@ -53,11 +51,11 @@ struct AvxVnni : Avx2Vectors {
     return {_mm256_dpbusd_avx_epi32(sum.lo, codes.lo, quad), _mm256_dpbusd_avx_epi32(sum.hi, codes.hi, quad)};
   }
 
-  template <Source S, int P, int M>
-  static TI4_INLINE void dot32(I (&dot)[P][M], const uint8_t* const (&w)[P], const int8_t* x, const Codebook* book) {
-    if constexpr (S == Source::kInt4Lines && M == 1) return dot_nibbles<AvxVnni>(dot, w, x);
+  template <Source S, int kFirst, int kLast, int P, int M>
+  static TI4_INLINE void dot(I (&dot)[P][M], const uint8_t* const (&w)[P], const int8_t* x, const Codebook* book) {
+    if constexpr (S == Source::kInt4Lines && M == 1) return dot_nibbles<AvxVnni, kFirst, kLast>(dot, w, x);
 #pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) {
+    for (int j = kFirst; j < kLast; ++j) {
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) {
         const I codes = load_codes<S>(w[p], j, book);
@@ -69,7 +67,13 @@ struct AvxVnni : Avx2Vectors {
 
   template <WeightType T>
   static TI4_INLINE void unpack(const uint8_t* lines, uint8_t* target, const Codebook* book) {
-    spread_nibbles(lines, target, T == WeightType::kBook ? book->codes : nullptr);
+    if constexpr (high_bits(T) == 0)
+      return spread_nibbles(lines, target, T == WeightType::kBook ? book->codes : nullptr);
+    for (int j = 0; j < kQuads; ++j) {
+      const I codes = load_codes<packed_source(T)>(lines, j, book);
+      store256(target + j * kLineBytes, codes.lo);
+      store256(target + j * kLineBytes + 32, codes.hi);
+    }
   }
 };
 

@@ -4,8 +4,11 @@
 //   int4  one line holds 16 rows x 8 inputs: byte 4*row+j has input j in its low and input j+4 in its high nibble
 //   int8  one line holds 16 rows x 4 inputs: byte 4*row+j is input j, as an unsigned code (value + 128)
 //   book  laid out as int4; a code is an index into 16 values, which are int8 codes times a step (see Codebook)
+//   int5  32 inputs are four lines of their low nibbles, as int4, and one of their high bits: byte 4*row+j has that of
+//         input 4*i+j in bit i
+//   int6  the same with two lines of two high bits: those of inputs 4*i+j and 16+4*i+j in bits 2*i and 2*i+1
 // Lines of a panel are contiguous and padded with zero codes to a multiple of 32 inputs; rows are padded to 16.
-// Scales and offsets have their own streams, [panel][group][16]; those of two levels share one, [panel][record].
+// Scales and offsets have their own streams, [panel][group][16]; those of two levels are records, [panel][record].
 //
 // Arithmetic of compute="int8", the same in every kernel and therefore bit for bit the same on every ISA. Rows of x
 // are quantized to int8 per block of inputs (a block never spans two groups); blocks are added in ascending order:
@@ -27,18 +30,74 @@ constexpr int element_bytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2; 
 enum class ScaleType : int { kF16, kF32, kE8M0 };  // E8M0: a power of two, 2^(byte - 127)
 enum class Norm : int { kRms, kRmsOnce, kLayer };
 enum class Activation : int { kSilu, kGelu, kGeluTanh };
-// zero_point(type); uint8 zeros; w = q*scale + offset; the same, where scale and offset have two levels (TwoLevels).
-enum class Offset : int { kSymmetric, kInteger, kFloat, kTwoLevel };
-constexpr bool adds_offset(Offset offset) { return offset == Offset::kFloat || offset == Offset::kTwoLevel; }
 
-// Scales and offsets of 16 rows over kRecordGroups groups of kSlab inputs, as K-quants of GGUF have them. Those of a
-// group are numbers in float16, which its groups share, times integers of its own. The products are exact in float.
-constexpr int kRecordGroups = 8;
+// Zero points and offsets: zero_point(type); uint8 zeros; w = q*scale + offset; the same, where scale and offset have
+// two levels (TwoLevels); zero_point(type), where the scale has two levels, for groups of kSlab inputs and for groups of
+// half as many (TwoLevelScales).
+enum class Offset : int { kSymmetric, kInteger, kFloat, kTwoLevel, kTwoLevelScale, kTwoLevelHalves };
+constexpr bool adds_offset(Offset offset) { return offset == Offset::kFloat || offset == Offset::kTwoLevel; }
+constexpr bool takes_zero_point(Offset offset) { return offset == Offset::kSymmetric || offset > Offset::kTwoLevel; }
+constexpr bool has_records(Offset offset) { return offset >= Offset::kTwoLevel; }
+
+// The pairs that loops exist for.
+constexpr bool are_served(WeightType type, Offset offset) {
+  if (type == WeightType::kInt6) return offset == Offset::kTwoLevelHalves;
+  if (offset == Offset::kSymmetric) return true;
+  if (type == WeightType::kBook) return offset == Offset::kTwoLevelScale;
+  if (type == WeightType::kInt5) return adds_offset(offset);
+  return offset <= Offset::kTwoLevel || (type == WeightType::kInt4 && offset == Offset::kTwoLevelHalves);
+}
+
+template <Offset O>
+struct OffsetTag {
+  constexpr operator Offset() const { return O; }
+};
+
+// body(tag), where the tag is a kind of offsets that the compiler knows.
+template <class Body>
+inline void with_offset(Offset offset, Body body) {
+  switch (offset) {
+    case Offset::kSymmetric:
+      return body(OffsetTag<Offset::kSymmetric>{});
+    case Offset::kInteger:
+      return body(OffsetTag<Offset::kInteger>{});
+    case Offset::kFloat:
+      return body(OffsetTag<Offset::kFloat>{});
+    case Offset::kTwoLevel:
+      return body(OffsetTag<Offset::kTwoLevel>{});
+    case Offset::kTwoLevelScale:
+      return body(OffsetTag<Offset::kTwoLevelScale>{});
+    default:
+      return body(OffsetTag<Offset::kTwoLevelHalves>{});
+  }
+}
+
+// Scales, and offsets, of 16 rows over kRecordInputs inputs, as K-quants of GGUF have them: numbers in float16, which
+// the groups share, times integers of each group. The products are exact in float.
+constexpr int kRecordInputs = 256;
+constexpr int kHalf = kSlab / 2;
 struct TwoLevels {
-  uint16_t scale[kPanelRows], offset[kPanelRows];     // float16
-  uint8_t multipliers[kRecordGroups][2][kPanelRows];  // of scale, and of offset
+  static constexpr int kGroups = kRecordInputs / kSlab;
+  uint16_t scale[kPanelRows], offset[kPanelRows];  // float16
+  uint8_t multipliers[kGroups][2][kPanelRows];     // of scale, and of offset
 };
 static_assert(sizeof(TwoLevels) == 5 * kLineBytes, "records of a panel lie on whole lines");
+
+template <int kInputs>
+struct TwoLevelScales {
+  static constexpr int kGroups = kRecordInputs / kInputs;
+  uint16_t scale[kPanelRows];  // float16
+  int8_t multipliers[kGroups][kPanelRows];
+};
+static_assert(sizeof(TwoLevelScales<kHalf>) == 4.5 * kLineBytes, "no padding");
+
+// Bytes of a record; of none, 0.
+constexpr int record_bytes(Offset offset) {
+  return offset == Offset::kTwoLevel         ? int(sizeof(TwoLevels))
+         : offset == Offset::kTwoLevelScale  ? int(sizeof(TwoLevelScales<kSlab>))
+         : offset == Offset::kTwoLevelHalves ? int(sizeof(TwoLevelScales<kHalf>))
+                                             : 0;
+}
 
 // 16 values, in float and as step * (code - 128), which is step * weight.
 struct Codebook {
@@ -50,11 +109,11 @@ struct Codebook {
 
 struct PackedWeight {
   const uint8_t* codes;  // [panels][lines][64]
-  const void* scales;    // [panels][groups][16] of scale_type; or TwoLevels, [panels][groups / kRecordGroups]
+  const void* scales;    // [panels][groups][16] of scale_type; or records, [panels][padded_inputs / kRecordInputs]
   const void* offsets;   // [panels][groups][16], uint8 or the scales' type (a float), or null
   int64_t out_features, in_features;
   int64_t padded_inputs;  // in_features rounded up to kSlab
-  int64_t group, groups;  // inputs per group (a multiple of kSlab), number of groups
+  int64_t group, groups;  // inputs per group (a multiple of kSlab; kHalf of kTwoLevelHalves), number of groups
   int64_t block, blocks;  // inputs per activation block, number of blocks
   ScaleType scale_type;   // kF16 where there are two levels
   WeightType type;

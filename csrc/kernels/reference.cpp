@@ -10,11 +10,7 @@ namespace torch_int4 {
 namespace {
 
 int code(const PackedWeight& w, int64_t panel, int lane, int64_t k) {
-  const uint8_t* codes = w.codes + panel * w.panel_bytes();
-  return with_type(w.type, [&](auto type) {
-    const Place at = place_of(type, lane, k);
-    return (codes[at.byte] >> at.shift) & code_mask(type);
-  });
+  return code_in_panel(w.type, w.codes + panel * w.panel_bytes(), lane, k);
 }
 
 GroupParameters group_parameters(const PackedWeight& w, int64_t panel, int lane, int64_t group) {

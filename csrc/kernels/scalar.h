@@ -86,14 +86,25 @@ struct GroupParameters {
   int zero;
 };
 
+template <int kInputs>
+inline float two_level_scale(const void* records, int64_t group, int64_t row) {
+  using Record = TwoLevelScales<kInputs>;
+  const Record& at = static_cast<const Record*>(records)[group / Record::kGroups];
+  return from_half(at.scale[row]) * at.multipliers[group % Record::kGroups][row];
+}
+
 // Of element i, (panel * groups + group) * kPanelRows + row.
 inline GroupParameters group_parameters(const PackedWeight& w, int64_t i) {
+  const int64_t group = i / kPanelRows, row = i % kPanelRows;
   if (w.offset == Offset::kTwoLevel) {
-    const int64_t group = i / kPanelRows, row = i % kPanelRows;
-    const TwoLevels& at = static_cast<const TwoLevels*>(w.scales)[group / kRecordGroups];
-    const auto& multipliers = at.multipliers[group % kRecordGroups];
+    const TwoLevels& at = static_cast<const TwoLevels*>(w.scales)[group / TwoLevels::kGroups];
+    const auto& multipliers = at.multipliers[group % TwoLevels::kGroups];
     return {from_half(at.scale[row]) * multipliers[0][row], from_half(at.offset[row]) * multipliers[1][row], 0};
   }
+  if (w.offset == Offset::kTwoLevelScale)
+    return {two_level_scale<kSlab>(w.scales, group, row), 0.f, zero_point(w.type)};
+  if (w.offset == Offset::kTwoLevelHalves)
+    return {two_level_scale<kHalf>(w.scales, group, row), 0.f, zero_point(w.type)};
   GroupParameters p{load_parameter(w.scales, w.scale_type, i), 0.f, 0};
   if (w.offset == Offset::kSymmetric) p.zero = zero_point(w.type);
   if (w.offset == Offset::kInteger) p.zero = static_cast<const uint8_t*>(w.offsets)[i];

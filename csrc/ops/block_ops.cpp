@@ -62,8 +62,7 @@ std::vector<Tensor> norm_linears(const Tensor& x, const Tensor& norm_weight, con
   return apply(x, views, linears.biases, perm, options.compute, out_dtype, &view.norm);
 }
 
-Tensor linear_add(const Tensor& x, const Tensor& residual, const LinearTensors& linear,
-                  const LinearOptions<int64_t>& options) {
+Tensor linear_add(const Tensor& x, const Tensor& residual, const LinearTensors& linear, const LinearOptions& options) {
   const PackedWeight w = view_weight(linear.weight, options.out_features, input_features(x), options.weight);
   const Tensor contiguous = make_contiguous(residual, "residual");
   const void* added = view_residual(contiguous, x, options.out_features);
@@ -88,7 +87,7 @@ Tensor mlp_op(const Tensor& x, const OptionalTensor& residual, const OptionalTen
   std::vector<float> converted[3];
   for (size_t i = 0; i < count; ++i) {
     const int64_t inputs = i + 1 < count ? input_features(x) : out_features[0];
-    m.weights[i] = view_weight(linears.weight(i), out_features[i], inputs, options.weight);
+    m.weights[i] = view_weight(linears.weight(i), out_features[i], inputs, options.weight(i));
     m.biases[i] = bias_floats(linears.biases[i], out_features[i], converted[i]);
   }
   const Tensor contiguous = make_contiguous(x);
@@ -116,9 +115,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(torch_int4, m) {
   m.def(schema("norm_linears", "Tensor[]", "Tensor x, Tensor norm_weight, Tensor? norm_bias", LinearsTensors::schema(),
                "Tensor? perm=None, *", LinearsOptions::schema(), "ScalarType? out_dtype=None", NormOptions::schema())
             .c_str());
-  m.def(schema("linear_add", "Tensor", "Tensor x, Tensor residual", LinearTensors::schema(), "*",
-               LinearOptions<int64_t>::schema())
-            .c_str());
+  m.def(
+      schema("linear_add", "Tensor", "Tensor x, Tensor residual", LinearTensors::schema(), "*", LinearOptions::schema())
+          .c_str());
   m.def(schema("mlp", "Tensor", "Tensor x, Tensor? residual, Tensor? norm_weight, Tensor? norm_bias",
                LinearsTensors::schema(), "Tensor? perm=None, Tensor? down_perm=None, *", LinearsOptions::schema(),
                "str activation=\"silu\"", NormOptions::schema())

@@ -63,7 +63,7 @@ void view_linears(const PreparedLayer& p, int64_t features, DecoderLayer& l) {
                            : i == down ? out_features[size_t(down) - 1]
                                        : features;
     const auto n = size_t(i);
-    l.weights[i] = view_weight(p.tensors.linears.weight(n), out_features[n], inputs, p.options.linears.weight);
+    l.weights[i] = view_weight(p.tensors.linears.weight(n), out_features[n], inputs, p.options.linears.weight(n));
     l.perms[i] = check_perm(p.tensors.perms[n], inputs);
   }
   check_features(l.weights[output].out_features, features, "output projection", "the residual");
@@ -106,7 +106,7 @@ void view_memory(const PreparedLayer& p, size_t i, PackedWeight& w) {
       (!offsets || is_at(*offsets, w.offsets, extents.offsets))) {
     return;
   }
-  w = view_weight(given.weight(i), w.out_features, w.in_features, p.options.linears.weight);
+  w = view_weight(given.weight(i), w.out_features, w.in_features, p.options.linears.weight(i));
 }
 
 // Biases and permutations are checked at each call: both may be written to, and the latter are where kernels read.

@@ -50,9 +50,11 @@ std::shared_ptr<PreparedExperts> view_experts(const LinearsTensors& linears, con
     for (size_t j = 0; j < each; ++j) {
       const size_t at = i * each + j;
       const int64_t inputs = j + 1 < each ? in_features : inner;
-      expert.weights[j] = view_weight(p->linears.weight(at), options.out_features[j], inputs, options.weight);
+      expert.weights[j] = view_weight(p->linears.weight(at), options.out_features[j], inputs, options.weight(j));
       expert.biases[j] = bias_floats(p->linears.biases[at], options.out_features[j], p->converted[at]);
     }
+    STD_TORCH_CHECK(!p->gated || expert.weights[0].block == expert.weights[1].block,
+                    "torch_int4: gate and up must take x in blocks of one length, as groups of one size have them");
     expert.perm = check_perm(p->perms[2 * i], in_features);
     expert.down_perm = check_perm(p->perms[2 * i + 1], inner);
     p->experts.push_back(expert);

@@ -31,16 +31,19 @@ struct Canonical {
 void check_parameters(const Canonical& given, const PackedWeight& shape) {
   const std::vector<int64_t> per_group{shape.out_features, shape.groups};
   const ScalarType type = given.scales.scalar_type();
+  check_offset(shape);
   if (given.multipliers) {
-    check_records(shape);
-    STD_TORCH_CHECK(given.offsets, "torch_int4: multipliers need offsets");
-    const std::vector<int64_t> per_record{shape.out_features, shape.groups / kRecordGroups};
+    const std::vector<int64_t> per_record{shape.out_features, shape.padded_inputs / kRecordInputs};
     check_tensor(given.scales, "scales", ScalarType::Half, "float16 where there are multipliers", per_record);
-    check_tensor(*given.offsets, "offsets", ScalarType::Half, "float16 where there are multipliers", per_record);
-    check_tensor(*given.multipliers, "multipliers", ScalarType::Byte, "uint8", {per_group[0], per_group[1], 2});
+    if (given.offsets) {
+      check_tensor(*given.offsets, "offsets", ScalarType::Half, "float16 where there are multipliers", per_record);
+      check_tensor(*given.multipliers, "multipliers", ScalarType::Byte, "uint8 where there are offsets",
+                   {per_group[0], per_group[1], 2});
+    } else {
+      check_tensor(*given.multipliers, "multipliers", ScalarType::Char, "int8 where there are no offsets", per_group);
+    }
     return;
   }
-  check_offset(shape);
   check_tensor(given.scales, "scales", type, "float16, float32 or uint8", per_group);
   if (given.zeros) check_tensor(*given.zeros, "zeros", ScalarType::Byte, "uint8", per_group);
   if (given.offsets) check_tensor(*given.offsets, "offsets", type, "of the type of the scales", per_group);
@@ -51,10 +54,13 @@ PackedWeight check_canonical(const Canonical& given, const WeightOptions& option
   const Tensor& codes = given.codes;
   STD_TORCH_CHECK(codes.dim() == 2, "torch_int4: codes must be [out_features, in_features]");
   STD_TORCH_CHECK(!(given.zeros && given.offsets), "torch_int4: give zeros or offsets, not both");
+  STD_TORCH_CHECK(!(given.zeros && given.multipliers), "torch_int4: scales of two levels have no integer zeros");
   PackedWeight shape = make_shape(codes.size(0), codes.size(1), options.group_size, options.type);
   check_tensor(codes, "codes", ScalarType::Byte, "uint8", {shape.out_features, shape.in_features});
   shape.scale_type = scale_type(given.scales);
-  shape.offset = given.multipliers ? Offset::kTwoLevel
+  shape.offset = given.multipliers ? (given.offsets          ? Offset::kTwoLevel
+                                      : shape.group == kHalf ? Offset::kTwoLevelHalves
+                                                             : Offset::kTwoLevelScale)
                  : given.zeros     ? Offset::kInteger
                  : given.offsets   ? Offset::kFloat
                                    : Offset::kSymmetric;
@@ -85,14 +91,16 @@ void fill_stream(const Tensor& values, const PackedWeight& shape, Tensor& stream
   });
 }
 
+TwoLevelParameters view_parameters(const Tensor& scales, const OptionalTensor& offsets, const Tensor& multipliers) {
+  const auto halves = [](const Tensor& t) { return static_cast<uint16_t*>(const_cast<void*>(t.const_data_ptr())); };
+  return {halves(scales), offsets ? halves(*offsets) : nullptr, const_cast<void*>(multipliers.const_data_ptr())};
+}
+
 void fill_records(const Canonical& given, const PackedWeight& shape, Tensor& stream) {
-  const auto* scales = static_cast<const uint16_t*>(given.scales.const_data_ptr());
-  const auto* offsets = static_cast<const uint16_t*>(given.offsets->const_data_ptr());
-  const auto* multipliers = static_cast<const uint8_t*>(given.multipliers->const_data_ptr());
-  auto* target = static_cast<TwoLevels*>(stream.mutable_data_ptr());
-  torch::stable::parallel_for(0, shape.panels(), 1, [&](int64_t begin, int64_t end) {
-    pack_two_levels(scales, offsets, multipliers, shape, begin, end, target);
-  });
+  const TwoLevelParameters parameters = view_parameters(given.scales, given.offsets, *given.multipliers);
+  void* target = stream.mutable_data_ptr();
+  torch::stable::parallel_for(0, shape.panels(), 1,
+                              [&](int64_t begin, int64_t end) { pack_records(parameters, shape, begin, end, target); });
 }
 
 Packed pack(const Tensor& codes, const Tensor& scales, const OptionalTensor& zeros, const OptionalTensor& offsets,
@@ -135,18 +143,17 @@ void pack_into(const Tensor& codes, const Tensor& scales, const OptionalTensor& 
   if (added) fill_stream(*added, shape, *packed_offsets);
 }
 
-// Scales, offsets and multipliers, of a weight whose scales have two levels.
-Packed unpack_records(const Tensor& records, const PackedWeight& w) {
-  const int64_t rows = w.out_features, each = w.groups / kRecordGroups;
+// Scales, offsets (empty where there are none) and multipliers, of a weight whose scales have two levels.
+Packed unpack_parameters(const Tensor& records, const PackedWeight& w) {
+  const int64_t rows = w.out_features, each = w.padded_inputs / kRecordInputs;
   Tensor scales = torch::stable::new_empty(records, {rows, each}, ScalarType::Half);
-  Tensor offsets = torch::stable::new_empty(scales, {rows, each});
-  Tensor multipliers = torch::stable::new_empty(records, {rows, w.groups, 2});
-  auto* scale = static_cast<uint16_t*>(scales.mutable_data_ptr());
-  auto* offset = static_cast<uint16_t*>(offsets.mutable_data_ptr());
-  auto* multiplier = static_cast<uint8_t*>(multipliers.mutable_data_ptr());
-  torch::stable::parallel_for(0, w.panels(), 4, [&](int64_t begin, int64_t end) {
-    unpack_two_levels(w, begin, end, scale, offset, multiplier);
-  });
+  const bool adds = adds_offset(w.offset);
+  Tensor offsets = adds ? torch::stable::new_empty(scales, {rows, each}) : torch::stable::new_empty(scales, {0});
+  Tensor multipliers = adds ? torch::stable::new_empty(records, {rows, w.groups, 2})
+                            : torch::stable::new_empty(records, {rows, w.groups}, ScalarType::Char);
+  const TwoLevelParameters target = view_parameters(scales, offsets, multipliers);
+  torch::stable::parallel_for(0, w.panels(), 4,
+                              [&](int64_t begin, int64_t end) { unpack_records(w, begin, end, target); });
   return {scales, offsets, multipliers};
 }
 
@@ -156,8 +163,8 @@ Packed unpack(const WeightTensors& given, int64_t out_features, int64_t in_featu
   auto* target = static_cast<uint8_t*>(codes.mutable_data_ptr());
   torch::stable::parallel_for(0, w.panels(), 4,
                               [&](int64_t begin, int64_t end) { unpack_codes(w, begin, end, target); });
-  if (w.offset == Offset::kTwoLevel) {
-    auto [scales, offsets, _] = unpack_records(given.scales, w);
+  if (has_records(w.offset)) {
+    auto [scales, offsets, _] = unpack_parameters(given.scales, w);
     return {codes, scales, offsets};
   }
   const auto unpack_stream = [&](const Tensor& stream) {
@@ -174,11 +181,17 @@ Packed unpack(const WeightTensors& given, int64_t out_features, int64_t in_featu
 }
 
 Tensor unpack_multipliers(const Tensor& scales, int64_t out_features, int64_t in_features) {
-  PackedWeight w = make_shape(out_features, in_features, kSlab, "int4");  // records are the same for every type
-  check_records(w);
+  const Offset offset = offset_of_records(scales);
+  STD_TORCH_CHECK(has_records(offset), "torch_int4: scales are not those of two levels, which have records of ",
+                  record_bytes(Offset::kTwoLevel), ", ", record_bytes(Offset::kTwoLevelScale), " or ",
+                  record_bytes(Offset::kTwoLevelHalves), " bytes, but have shape ", shape_text(scales));
+  STD_TORCH_CHECK(in_features % kRecordInputs == 0, "torch_int4: in_features must be a multiple of ", kRecordInputs);
+  const int64_t group = offset == Offset::kTwoLevelHalves ? kHalf : kSlab;
+  PackedWeight w = make_shape(out_features, in_features, group, "int4");  // records are the same for every type
+  w.offset = offset;
   check_tensor(scales, "scales", ScalarType::Byte, "uint8", records_shape(w));
   w.scales = scales.const_data_ptr();
-  return std::get<2>(unpack_records(scales, w));
+  return std::get<2>(unpack_parameters(scales, w));
 }
 
 Tensor dequantize_op(const WeightTensors& given, const OptionalTensor& perm, int64_t out_features, int64_t in_features,
@@ -193,7 +206,7 @@ Tensor dequantize_op(const WeightTensors& given, const OptionalTensor& perm, int
   return target;
 }
 
-Tensor int4_linear(const Tensor& x, const LinearTensors& linear, const LinearOptions<int64_t>& options,
+Tensor int4_linear(const Tensor& x, const LinearTensors& linear, const LinearOptions& options,
                    std::optional<ScalarType> out_dtype) {
   const PackedWeight w = view_weight(linear.weight, options.out_features, input_features(x), options.weight);
   return apply(x, {w}, {linear.bias}, linear.perm, options.compute, out_dtype)[0];
@@ -246,7 +259,7 @@ STABLE_TORCH_LIBRARY(torch_int4, m) {
   m.def(schema("dequantize", "Tensor", WeightTensors::schema(), "Tensor? perm, *, int out_features, int in_features",
                WeightOptions::schema(), "ScalarType dtype=float")
             .c_str());
-  m.def(schema("int4_linear", "Tensor", "Tensor x", LinearTensors::schema(), "*", LinearOptions<int64_t>::schema(),
+  m.def(schema("int4_linear", "Tensor", "Tensor x", LinearTensors::schema(), "*", LinearOptions::schema(),
                "ScalarType? out_dtype=None")
             .c_str());
   m.def(schema("int4_linears", "Tensor[]", "Tensor x", LinearsTensors::schema(), "Tensor? perm=None, *",

@@ -127,22 +127,51 @@ struct LinearsTensors {
   }
 };
 
-// Of one linear, or of several: Features is a number, or a list of them.
-template <class Features>
 struct LinearOptions {
-  Features out_features;
+  int64_t out_features;
   WeightOptions weight;
   std::string compute;
 
-  static std::string schema() {
-    return listed(std::is_same_v<Features, int64_t> ? "int out_features" : "int[] out_features",
-                  WeightOptions::schema(), "str compute=\"int8\"");
-  }
+  static std::string schema() { return listed("int out_features", WeightOptions::schema(), "str compute=\"int8\""); }
   static LinearOptions read(Arguments& a) {
-    return {a.next<Features>(), a.next<WeightOptions>(), a.next<std::string>()};
+    return {a.next<int64_t>(), a.next<WeightOptions>(), a.next<std::string>()};
   }
 };
-using LinearsOptions = LinearOptions<std::vector<int64_t>>;
+
+// Of several linears, whose weights may differ. One group size, or one type, stands for all; types are the names of
+// each with commas in between.
+struct LinearsOptions {
+  std::vector<int64_t> out_features, group_sizes;
+  std::vector<std::string> types;
+  std::string compute;
+
+  WeightOptions weight(size_t i) const {
+    return {group_sizes[group_sizes.size() == 1 ? 0 : i], types[types.size() == 1 ? 0 : i]};
+  }
+
+  static std::string schema() {
+    return listed("int[] out_features", "int[1] group_size, str weight_type=\"int4\"", "str compute=\"int8\"");
+  }
+  static LinearsOptions read(Arguments& a) {
+    LinearsOptions o{a.next<std::vector<int64_t>>(), a.next<std::vector<int64_t>>(), split(a.next<std::string>()),
+                     a.next<std::string>()};
+    const auto fits = [&](size_t count) { return count == 1 || count == o.out_features.size(); };
+    STD_TORCH_CHECK(fits(o.group_sizes.size()) && fits(o.types.size()),
+                    "torch_int4: group_size and weight_type must be one for all of the ", o.out_features.size(),
+                    " weights, or one for each, and are ", o.group_sizes.size(), " and ", o.types.size());
+    return o;
+  }
+
+ private:
+  static std::vector<std::string> split(const std::string& names) {
+    std::vector<std::string> result(1);
+    for (const char c : names) {
+      if (c == ',') result.emplace_back();
+      else result.back() += c;
+    }
+    return result;
+  }
+};
 
 // How norms compute.
 struct NormOptions {

@@ -75,8 +75,8 @@ PyObject* attributes_are(PyObject*, PyObject* arguments) {
 
 // A row of the table of weight types; a code book takes the place of the zero point.
 PyObject* describe(const torch_int4::NamedType& named) {
-  const int bits = torch_int4::code_bits(named.type), inputs = torch_int4::line_inputs(named.type);
-  if (!named.book) return Py_BuildValue("siiiO", named.name, bits, inputs, torch_int4::zero_point(named.type), Py_None);
+  const int bits = torch_int4::code_bits(named.type), bytes = torch_int4::slab_bytes(named.type);
+  if (!named.book) return Py_BuildValue("siiiO", named.name, bits, bytes, torch_int4::zero_point(named.type), Py_None);
   PyObject* values = PyTuple_New(1 << bits);
   if (!values) return nullptr;
   for (int i = 0; i < 1 << bits; ++i) {
@@ -86,7 +86,7 @@ PyObject* describe(const torch_int4::NamedType& named) {
       return nullptr;
     }
   }
-  return Py_BuildValue("siiON", named.name, bits, inputs, Py_None, values);
+  return Py_BuildValue("siiON", named.name, bits, bytes, Py_None, values);
 }
 
 PyObject* weight_types(PyObject*, PyObject*) {
@@ -101,11 +101,21 @@ PyObject* weight_types(PyObject*, PyObject*) {
   return rows;
 }
 
+PyObject* record_kinds(PyObject*, PyObject*) {
+  using namespace torch_int4;
+  return Py_BuildValue("((iiO)(iiO)(iiO))", record_bytes(Offset::kTwoLevel), kSlab, Py_True,
+                       record_bytes(Offset::kTwoLevelScale), kSlab, Py_False, record_bytes(Offset::kTwoLevelHalves),
+                       kHalf, Py_False);
+}
+
 PyMethodDef functions[] = {
     {"weight_types", weight_types, METH_NOARGS,
      "weight_types()\n--\n\n"
-     "The table of weight types: a tuple of (name, bits of a code, inputs of a line, zero point or None, values of the "
-     "code book or None)."},
+     "The table of weight types: a tuple of (name, bits of a code, bytes of a slab of a panel, zero point or None, "
+     "values of the code book or None)."},
+    {"record_kinds", record_kinds, METH_NOARGS,
+     "record_kinds()\n--\n\n"
+     "The kinds of scales of two levels: a tuple of (bytes of a record, inputs of a group, whether it holds offsets)."},
     {"entries_are", entries_are, METH_VARARGS,
      "entries_are(dicts, keys, values)\n--\n\n"
      "Whether dicts[i].get(keys[i]) is values[i] for all i; arguments are lists of the same length."},
@@ -128,8 +138,7 @@ extern "C" PyMODINIT_FUNC PyInit__C(void) {
   if (!module || PyModule_AddIntConstant(module, "PANEL_ROWS", torch_int4::kPanelRows) ||
       PyModule_AddIntConstant(module, "LINE_BYTES", torch_int4::kLineBytes) ||
       PyModule_AddIntConstant(module, "SLAB", torch_int4::kSlab) ||
-      PyModule_AddIntConstant(module, "RECORD_GROUPS", torch_int4::kRecordGroups) ||
-      PyModule_AddIntConstant(module, "RECORD_BYTES", long(sizeof(torch_int4::TwoLevels)))) {
+      PyModule_AddIntConstant(module, "RECORD_INPUTS", torch_int4::kRecordInputs)) {
     Py_XDECREF(module);
     return nullptr;
   }

@@ -33,30 +33,37 @@ Compute compute_type(const std::string& name) {
   return Compute::kFp32;
 }
 
-bool has_two_levels(const Tensor& scales) {
-  return scales.scalar_type() == ScalarType::Byte && scales.dim() == 3 && scales.size(2) == sizeof(TwoLevels);
+Offset offset_of_records(const Tensor& scales) {
+  if (scales.scalar_type() != ScalarType::Byte || scales.dim() != 3) return Offset::kSymmetric;
+  for (const Offset offset : {Offset::kTwoLevel, Offset::kTwoLevelScale, Offset::kTwoLevelHalves}) {
+    if (scales.size(2) == record_bytes(offset)) return offset;
+  }
+  return Offset::kSymmetric;
 }
 
 std::vector<int64_t> records_shape(const PackedWeight& w) {
-  return {w.panels(), w.groups / kRecordGroups, int64_t(sizeof(TwoLevels))};
-}
-
-void check_records(const PackedWeight& shape) {
-  constexpr int kInputs = kRecordGroups * kSlab;
-  STD_TORCH_CHECK(!shape.book && shape.group == kSlab && shape.in_features % kInputs == 0,
-                  "torch_int4: scales of two levels need groups of ", kSlab,
-                  " inputs, in_features that are a multiple ", "of ", kInputs, ", and no code book");
+  return {w.panels(), w.padded_inputs / kRecordInputs, int64_t(record_bytes(w.offset))};
 }
 
 void check_offset(const PackedWeight& w) {
-  STD_TORCH_CHECK(!w.book || w.offset == Offset::kSymmetric, "torch_int4: a weight with a code book has no offsets");
+  if (has_records(w.offset)) {
+    const int group = w.offset == Offset::kTwoLevelHalves ? kHalf : kSlab;
+    STD_TORCH_CHECK(w.group == group && w.in_features % kRecordInputs == 0,
+                    "torch_int4: scales of two levels with such records need groups of ", group,
+                    " inputs, and in_features that are a multiple of ", kRecordInputs);
+  } else {
+    STD_TORCH_CHECK(w.group != kHalf, "torch_int4: groups of ", kHalf, " inputs need scales of two levels");
+  }
+  STD_TORCH_CHECK(are_served(w.type, w.offset), "torch_int4: no kernel has this kind of ",
+                  has_records(w.offset) ? "scales of two levels" : "offsets", " for this weight_type");
   STD_TORCH_CHECK(w.scale_type != ScaleType::kE8M0 || w.offset != Offset::kFloat,
                   "torch_int4: float offsets need float scales");
 }
 
 PackedWeight make_shape(int64_t out_features, int64_t in_features, int64_t group_size, const std::string& type) {
-  const bool valid = group_size == -1 || (group_size > 0 && group_size <= kMaxGroup && group_size % kSlab == 0 &&
-                                          (group_size <= kMaxBlock || group_size % kMaxBlock == 0));
+  const bool valid = group_size == -1 || group_size == kHalf ||
+                     (group_size > 0 && group_size <= kMaxGroup && group_size % kSlab == 0 &&
+                      (group_size <= kMaxBlock || group_size % kMaxBlock == 0));
   STD_TORCH_CHECK(valid, "torch_int4: group_size must be a multiple of 32 up to 128, a multiple of 128 up to 1024, ",
                   "or -1, not ", group_size);
   STD_TORCH_CHECK(out_features > 0 && in_features > 0, "torch_int4: a weight needs at least one row and one input");
@@ -84,18 +91,17 @@ PackedWeight view_weight(const WeightTensors& given, int64_t out_features, int64
                {w.panels(), w.panel_bytes() / kLineBytes, kLineBytes});
   w.codes = static_cast<const uint8_t*>(given.codes.const_data_ptr());
   w.scales = scales.const_data_ptr();
-  if (has_two_levels(scales)) {
-    check_records(w);
+  w.offset = offset_of_records(scales);
+  if (has_records(w.offset)) {
+    check_offset(w);
     STD_TORCH_CHECK(!given.offsets, "torch_int4: scales of two levels hold the offsets; give no others");
     check_tensor(scales, "scales", ScalarType::Byte, "uint8", records_shape(w));
     w.scale_type = ScaleType::kF16;
-    w.offset = Offset::kTwoLevel;
     return w;
   }
   w.scale_type = scale_type(scales);
   const std::vector<int64_t> parameters{w.panels(), w.groups, kPanelRows};
   check_tensor(scales, "scales", scales.scalar_type(), "float16, float32 or uint8", parameters);
-  w.offset = Offset::kSymmetric;
   if (given.offsets) {
     const bool integer = given.offsets->scalar_type() == ScalarType::Byte;
     w.offset = integer ? Offset::kInteger : Offset::kFloat;
@@ -147,7 +153,7 @@ std::vector<PackedWeight> view_weights(const LinearsTensors& given, const Linear
                   "torch_int4: weights, scales, offsets, biases and out_features must be lists of one length");
   std::vector<PackedWeight> views;
   for (size_t i = 0; i < count; ++i) {
-    views.push_back(view_weight(given.weight(i), options.out_features[i], in_features, options.weight));
+    views.push_back(view_weight(given.weight(i), options.out_features[i], in_features, options.weight(i)));
   }
   return views;
 }

@@ -7,16 +7,13 @@ namespace torch_int4 {
 ScaleType scale_type(const Tensor& scales);
 Compute compute_type(const std::string& name);
 
-// Whether a stream of scales is one of records (TwoLevels), which hold the offsets too.
-bool has_two_levels(const Tensor& scales);
+// The offsets of a weight whose scales are a stream of records, by the size of these; else kSymmetric.
+Offset offset_of_records(const Tensor& scales);
 
 // The shape of such a stream.
 std::vector<int64_t> records_shape(const PackedWeight& w);
 
-// That the groups of a weight fill such records.
-void check_records(const PackedWeight& shape);
-
-// Zero points suit integer codes, float offsets scales that are floats; values of a code book stand as they are.
+// That loops exist for a weight's type and offsets, its groups, and its scales.
 void check_offset(const PackedWeight& w);
 
 // The shape of a weight, without its data. A short K makes the group shorter; -1 is one group per row.

@@ -10,6 +10,8 @@ from torch_int4.formats.gguf import BLOCKS, dense
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
 FORM = formats.get("gguf")
+# type: the places of fp16 numbers in its blocks, where they are not at the beginning alone
+HALVES = {"MXFP4": (), "Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q3_K": (108,), "Q6_K": (208,)}
 
 
 def random_blocks(kind, rows, inputs, seed=0):
@@ -17,10 +19,9 @@ def random_blocks(kind, rows, inputs, seed=0):
     per_block, size = BLOCKS[kind]
     generator = np.random.default_rng(seed)
     raw = generator.integers(0, 256, (rows, inputs // per_block, size), dtype=np.uint8)
-    halves = {"MXFP4": 0, "Q4_1": 2, "Q5_1": 2, "Q4_K": 2, "Q5_K": 2}.get(kind, 1)
-    for index in range(halves):
+    for at in HALVES.get(kind, (0,)):
         values = generator.standard_normal((rows, inputs // per_block)).astype(np.float16)
-        raw[..., 2 * index : 2 * index + 2] = values[..., None].view(np.uint8)
+        raw[..., at : at + 2] = values[..., None].view(np.uint8)
     if kind == "MXFP4":
         raw[..., 0] = generator.integers(100, 140, raw.shape[:2])
     return raw.reshape(rows, -1)
@@ -39,13 +40,13 @@ def read(raw, kind, shape, name="blk.0.attn_q"):
 def test_every_type_is_taken_over_bit_by_bit(kind, rows, inputs):
     raw = random_blocks(kind, rows, inputs)
     weight = read(raw, kind, (rows, inputs))
-    assert weight.group_size == 32
+    assert weight.group_size == (16 if kind in ("Q3_K", "Q6_K") else 32)
     assert torch.equal(weight.dequantize(), expanded(raw, kind).reshape(rows, inputs))
     packed = Int4Linear(weight, compute="fp32")
     assert torch.equal(packed.dequantize(), weight.dequantize())
 
 
-@pytest.mark.parametrize(("kind", "bits"), [("IQ4_NL", 4.5), ("IQ4_XS", 5.0)])
+@pytest.mark.parametrize(("kind", "bits"), [("IQ4_NL", 4.5), ("IQ4_XS", 4.3125)])
 def test_the_values_of_iq4_are_a_code_book(kind, bits):
     """With the bits of products of the same values as codes of 8 bits."""
     weight = read(random_blocks(kind, 32, 512), kind, (32, 512))
@@ -55,16 +56,20 @@ def test_the_values_of_iq4_are_a_code_book(kind, bits):
     assert tuple(values.tolist()) == gguf.quants.IQ4_NL.kvalues
     wide = (values[weight.codes.long()] + 128).to(torch.uint8)
     x = torch.randn(5, 512, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(linear(x), Int4Linear(Int4Weight(wide, weight.scales, bits=8))(x))
+    assert torch.equal(linear(x), Int4Linear(Int4Weight(wide, weight.group_scales(), bits=8))(x))
 
 
-@pytest.mark.parametrize(("kind", "stored", "most"), [("Q4_K", 4.5, 4.625), ("Q5_K", 5.5, 8.625)])
-def test_two_levels_of_scales_stay_two_levels(kind, stored, most):
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_no_type_takes_more_than_one_part_in_twenty_more_than_in_the_file(kind):
     weight = read(random_blocks(kind, 32, 1024), kind, (32, 1024))
     per_block, size = BLOCKS[kind]
-    assert size * 8 / per_block == stored
-    assert Int4Linear(weight).nbytes * 8 / weight.codes.numel() == most
-    assert int(weight.multipliers.max()) < 64
+    stored, taken = size * 8 / per_block, Int4Linear(weight).nbytes * 8 / weight.codes.numel()
+    if kind == "Q3_K":  # its codes of three bits take four
+        assert taken == 4.5625
+    else:
+        assert stored <= taken <= 1.05 * stored
+    if kind in ("Q4_K", "Q5_K"):
+        assert int(weight.multipliers.max()) < 64
 
 
 @pytest.mark.parametrize("kind", [k for k in BLOCKS if k in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4")])
@@ -91,8 +96,8 @@ def test_everything_else_is_expanded(kind):
 
 
 def test_types_without_a_grid_are_refused_with_the_list_of_those_that_have_one():
-    with pytest.raises(Int4Error, match=r"blk\.0\.attn_q: the GGUF type Q6_K lies on no grid.*Q4_0"):
-        read(np.zeros((1, 210), np.uint8), "Q6_K", (1, 256))
+    with pytest.raises(Int4Error, match=r"blk\.0\.attn_q: the GGUF type Q2_K lies on no grid.*Q4_0"):
+        read(np.zeros((1, 84), np.uint8), "Q2_K", (1, 256))
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
@@ -104,7 +109,8 @@ def test_broken_blocks_are_named(kind):
         read(raw.astype(np.int8), kind, (3, 512))
     with pytest.raises(Int4Error, match=r"blk\.0\.attn_q: has 500 inputs"):
         read(raw, kind, (3, 500))
-    raw[2, -BLOCKS[kind][1] :][:2] = 255  # NaN as fp16, and as a shared exponent
+    at = HALVES.get(kind, (0,))[0] if kind != "MXFP4" else 0
+    raw[2, -BLOCKS[kind][1] :][at : at + 2] = 255  # NaN as fp16, and as a shared exponent
     with pytest.raises(Int4Error, match=r"blk\.0\.attn_q \(.*\): (scales|offsets) hold NaN"):
         read(raw, kind, (3, 512))
 

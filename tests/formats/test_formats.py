@@ -64,16 +64,25 @@ def test_what_is_written_is_read_back_bit_by_bit(name, rows, inputs, group, kind
 
 
 @pytest.mark.parametrize("name", [name for name in WRITERS if name != "native"])  # which is there to express all
-@pytest.mark.parametrize("fields", [{"codebook": "nf4"}, {"kind": "float"}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"codebook": "nf4"},
+        {"kind": "float"},
+        {"bits": 5},
+        {"bits": 6, "kind": "scales", "group_size": 16},
+        {"kind": "scales", "group_size": 16},
+    ],
+)
 def test_what_a_format_cannot_express_is_refused_and_never_changed(name, fields):
     form = formats.get(name)
-    weight = random_weight(16, 64, 32, **fields)
+    weight = random_weight(16, 256, **{"group_size": 32, **fields})
     settings = form.settings_for(weight)
     if name not in ANYTHING:
         with pytest.raises(Int4Error, match=r"m\.q: "):
             form.write(weight, settings, name="m.q")
         return
-    back = form.read(form.write(weight, settings, name="m.q"), settings, shape=(16, 64), name="m.q")
+    back = form.read(form.write(weight, settings, name="m.q"), settings, shape=(16, 256), name="m.q")
     assert same(back, weight)
 
 

@@ -40,13 +40,14 @@ def lists(modules: list[Int4Linear]) -> tuple[list[Any], ...]:
 
 
 def options_of(modules: list[Int4Linear], compute: str) -> dict[str, Any]:
-    first = modules[0]
+    """Arguments of operators of several linears, also of those of one, where they are alike."""
     for module in modules:
         module.compute = compute
+    sizes, types = [m.group_size for m in modules], [m.weight_type for m in modules]
     return {
         "out_features": [m.out_features for m in modules],
-        "group_size": first.group_size,
-        "weight_type": first.weight_type,
+        "group_size": sizes if len(set(sizes)) > 1 else sizes[0],
+        "weight_type": ",".join(types) if len(set(types)) > 1 else types[0],
         "compute": compute,
     }
 

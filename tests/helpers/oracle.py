@@ -20,12 +20,15 @@ def random_weight(
     codebook: str | None = None,
     seed: int = 0,
 ) -> Int4Weight:
-    """A valid random weight; kind is symmetric, integer, float, or "records" of scales with two levels."""
+    """A valid random weight; kind is symmetric, integer, float, "records" of scales and offsets with two levels, or
+    "scales" of two levels without offsets."""
     g = torch.Generator().manual_seed(seed)
     groups = 1 if group_size == -1 else -(-inputs // group_size)
     codes = torch.randint(0, 2**bits, (rows, inputs), dtype=torch.uint8, generator=g)
     if kind == "records":
         return _two_levels(codes, bits, g)
+    if kind == "scales":
+        return _two_level_scales(codes, group_size, bits, codebook, g)
     scales = ((torch.rand(rows, groups, generator=g) + 0.1) * 0.02).to(scale_dtype)
     zeros = offsets = None
     if kind == "integer":
@@ -43,6 +46,15 @@ def _two_levels(codes: Tensor, bits: int, g: torch.Generator) -> Int4Weight:
     shared = torch.randn(2, rows, inputs // 256, generator=g).mul_(1e-2).half()
     multipliers = torch.randint(0, 64, (rows, inputs // 32, 2), dtype=torch.uint8, generator=g)
     return Int4Weight(codes, shared[0], offsets=shared[1], bits=bits, multipliers=multipliers).validate()
+
+
+def _two_level_scales(codes: Tensor, size: int, bits: int, codebook: str | None, g: torch.Generator) -> Int4Weight:
+    """Numbers of both signs, and every multiplier."""
+    rows, inputs = codes.shape
+    shared = torch.randn(rows, inputs // 256, generator=g).mul_(1e-3).half()
+    multipliers = torch.randint(-128, 128, (rows, inputs // size), dtype=torch.int8, generator=g)
+    made = Int4Weight(codes, shared, group_size=size, bits=bits, codebook=codebook, multipliers=multipliers)
+    return made.validate()
 
 
 def block_size(inputs: int, group_size: int) -> int:
@@ -81,7 +93,13 @@ def dense(weight: Int4Weight) -> Tensor:
     """The weight in float64."""
     k = torch.arange(weight.in_features)
     group = k * 0 if weight.group_size == -1 else k // weight.group_size
-    scales, codes = weight.scales.double()[:, group], weight.codes.double()
+    scales, codes = weight.scales.double(), weight.codes.double()
+    if weight.multipliers is not None:  # of scales alone
+        own = weight.multipliers.double()
+        scales = scales.repeat_interleave(own.shape[1] // scales.shape[1], 1) * own
+    scales = scales[:, group]
+    if weight.codebook is not None:
+        return scales * torch.ops.torch_int4.codebook(weight.codebook).double()[weight.codes.long()]
     if weight.offsets is not None:
         return scales * codes + weight.offsets.double()[:, group]
     zero = 2 ** (weight.bits - 1) if weight.zeros is None else weight.zeros.double()[:, group]

@@ -26,12 +26,22 @@ def permuted(weight, heads):
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
+# type: the places of d, and of dmin, in its blocks, and how large they are for weights of a tiny model
+K_HALVES = {
+    "Q4_K": ((0, 1e-4), (2, 6e-4)),
+    "Q5_K": ((0, 5e-5), (2, 6e-4)),
+    "Q6_K": ((208, 1e-5),),
+    "Q3_K": ((108, 4e-4),),
+    "IQ4_XS": ((0, 1e-5),),
+}
+
+
 def random_k_blocks(values, number):
     """Blocks that gguf-py cannot quantize to: any codes, about as large as `values`."""
     generator = np.random.default_rng(values.size)
     per_block, size = gguf.GGML_QUANT_SIZES[number]
     raw = generator.integers(0, 256, (len(values), values.shape[1] // per_block, size), dtype=np.uint8)
-    for at, typical in ((0, 1e-4), (2, 6e-4)):  # d and dmin
+    for at, typical in K_HALVES[number.name]:
         halves = (generator.random(raw.shape[:2]) * typical + typical / 4).astype(np.float16)
         raw[..., at : at + 2] = halves[..., None].view(np.uint8)
     return raw.reshape(len(values), -1)
@@ -73,7 +83,7 @@ def write(path, model, kinds, head="Q8_0", *, tokenizer=False, part=0):
             values = permuted(values, heads)
         kind = "F32" if values.ndim == 1 or "embed" in name else kinds[index % len(kinds)]
         number = getattr(gguf.GGMLQuantizationType, head if name.startswith("lm_head") else kind)
-        blocks = random_k_blocks if number == gguf.GGMLQuantizationType.Q4_K else gguf.quants.quantize
+        blocks = random_k_blocks if number.name in K_HALVES else gguf.quants.quantize
         raw = blocks(np.ascontiguousarray(values), number)
         writer.add_tensor(gguf_name(module), raw, raw_dtype=number)
     writer.write_header_to_file()

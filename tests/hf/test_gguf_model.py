@@ -7,6 +7,7 @@ from tiny_models import int4s, llama, logits
 import torch_int4
 from torch_int4 import Int4Error, Int4Weight, patch
 from torch_int4.formats.gguf import GgufBlocks
+from torch_int4.nn.prepared import layers
 
 pytest.importorskip("gguf", reason="the package gguf is not installed")
 from gguf_files import SIZES, gguf_name, write
@@ -23,7 +24,7 @@ def test_blocks_are_taken_over_in_the_order_of_the_models_rows(tmp_path):
     file = open_gguf(path)
     stored = {name: entry.kind for name, entry in file.tensors.items()}
     for name, module in int4s(model).items():
-        assert module.weight_type == ("int4" if stored[gguf_name(name)] in ("Q4_0", "Q4_1") else "int8"), name
+        assert module.weight_type == {"Q5_1": "int5", "Q8_0": "int8"}.get(stored[gguf_name(name)], "int4"), name
     from transformers import AutoModelForCausalLM, GgufConfig
 
     options = {"gguf_file": path.name, "dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
@@ -100,6 +101,41 @@ def test_k_quants_are_saved_and_loaded_as_they_are(k_quants, tmp_path):
         assert other.packed_offsets is None
         assert module.packed_weight.offset_kind == "float"
     assert torch.equal(logits(again), logits(model))
+
+
+MIXES = {
+    "Q4_K_M": (["Q4_K", "Q4_K", "Q6_K"], "Q6_K"),
+    "Q5_K_M": (["Q5_K", "Q6_K"], "Q6_K"),
+    "Q3_K_M": (["Q3_K", "Q4_K", "Q5_K"], "Q6_K"),
+    "IQ4_XS": (["IQ4_XS", "Q5_K"], "Q6_K"),
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.filterwarnings("ignore:.*saved in torch_int4's own form")
+def test_mixed_files_run_in_fused_layers_and_are_saved_as_they_are(mix, tmp_path):
+    """llama.cpp's file types give the tensors of a layer several types of blocks."""
+    kinds, head = MIXES[mix]
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "vocab_size": 96, "tied": False}
+    path = write(tmp_path / f"model-{mix}.gguf", llama(**sizes), kinds, head=head)
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    options = {"gguf_file": path.name, "dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+    expanded = AutoModelForCausalLM.from_pretrained(tmp_path, **options).eval()
+    model = torch_int4.from_pretrained(path, compute="fp32", kv_cache="fp32")
+    report = model.torch_int4_report
+    assert (report.notices, report.blocks, report.merged) == ([], 2, 4)
+    for name, module in int4s(model).items():
+        assert torch.equal(module.dequantize(), expanded.get_submodule(name).weight), name
+    want = logits(expanded)
+    assert (logits(model) - want).norm() <= 1e-5 * want.norm()
+    prompt, how = torch.arange(3, 12)[None], {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(prompt, **how), expanded.generate(prompt, **how))
+    assert all(layers[layer].is_whole for layer in model.model.layers)
+    model.save_pretrained(tmp_path / "saved")
+    again = torch_int4.from_pretrained(tmp_path / "saved", compute="fp32", kv_cache="fp32")
+    assert torch.equal(logits(again), logits(model))
+    assert again.torch_int4_report.bits_per_weight() == report.bits_per_weight()
 
 
 def test_a_float_head_stays(tmp_path):

@@ -157,7 +157,7 @@ def test_a_state_dict_holds_what_was_packed_and_takes_one_level_too() -> None:
 def test_operators_name_what_is_wrong() -> None:
     held = PackedWeight.pack(random_weight(20, 512))
     call, x = torch.ops.torch_int4.int4_linear, torch.zeros(1, 512)
-    with pytest.raises(RuntimeError, match="two levels need groups of 32"):
+    with pytest.raises(RuntimeError, match="such records need groups of 32"):
         call(x, held.packed, held.scales, out_features=20, group_size=64)
     with pytest.raises(RuntimeError, match="hold the offsets"):
         call(x, held.packed, held.scales, torch.zeros(2, 16, 16, dtype=torch.uint8), out_features=20, group_size=32)

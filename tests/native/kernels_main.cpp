@@ -102,21 +102,27 @@ void run_gates() {
   }
 }
 
+constexpr int kTypes = int(sizeof kTypeFacts / sizeof *kTypeFacts);
+
 enum class Size { kAll, kSmall, kTiny, kNone };
 
-// Scales and offsets of two levels, which have groups of 32 and whole records.
+// Scales, and offsets, of two levels, which have whole records.
 void two_level_cases(const std::vector<int64_t>& rows, bool small, std::vector<Case>& all) {
   const int64_t sizes[][2] = {{1, 256}, {33, 512}, {16, 768}, {100, 1280}};
   int turn = 0;
-  for (int type = 0; type < 2; ++type) {
+  for (int pair = 0; pair < kTypes * 3; ++pair) {
+    const auto type = WeightType(pair / 3);
+    const auto offset = Offset(int(Offset::kTwoLevel) + pair % 3);
+    if (!are_served(type, offset)) continue;
     for (int compute = 0; compute < 4; ++compute) {
       for (int data = 0; data < 3; ++data) {
-        for (int repeat = 0; repeat < (small ? 1 : 6); ++repeat, ++turn) {
+        for (int repeat = 0; repeat < (small ? 1 : 4); ++repeat, ++turn) {
           const auto* size = sizes[turn % (small ? 3 : 4)];
           const bool random = Data(data) == Data::kRandom;
-          all.push_back({random ? rows[size_t(turn * 5) % rows.size()] : compute + 4, size[0], size[1], 32,
-                         WeightType(type), Offset::kTwoLevel, Compute(compute), random ? DType(turn % 3) : DType::kF32,
-                         Data(data), ScaleType::kF16, turn % 5 == 4, turn % 4, turn % 7 < 3});
+          all.push_back({random ? rows[size_t(turn * 5) % rows.size()] : compute + 4, size[0], size[1],
+                         offset == Offset::kTwoLevelHalves ? kHalf : kSlab, type, offset, Compute(compute),
+                         random ? DType(turn % 3) : DType::kF32, Data(data), ScaleType::kF16, turn % 5 == 4, turn % 4,
+                         turn % 7 < 3});
         }
       }
     }
@@ -133,8 +139,10 @@ std::vector<Case> cases(Size extent) {
   const int64_t sizes[][2] = {{1, 1}, {15, 31}, {16, 32}, {17, 33}, {31, 300}, {65, 129}, {100, 576}, {129, 255}};
   int turn = 0;
   for (int64_t group : groups) {
-    for (int type = 0; type < 3; ++type) {
-      for (int offset = 0; offset < (type == 2 ? 1 : 3); ++offset) {
+    for (int type = 0; type < kTypes; ++type) {
+      if (high_bits(WeightType(type)) && group != 32 && group != 128 && group != -1) continue;
+      for (int offset = 0; offset <= int(Offset::kFloat); ++offset) {
+        if (!are_served(WeightType(type), Offset(offset))) continue;
         const bool can_be_e8m0 = Offset(offset) != Offset::kFloat;
         for (int compute = 0; compute < 4; ++compute) {
           for (int repeat = 0; repeat < (small ? 1 : 4); ++repeat, ++turn) {

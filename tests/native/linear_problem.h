@@ -76,7 +76,7 @@ class Problem {
         parameters_(w_.panels() * w_.groups * kPanelRows),
         bytes_(element_bytes(c.dtype)),
         codes_(size_t(w_.panels() * w_.panel_bytes()), at_end),
-        scales_(size_t(two_levels() ? records() * int64_t(sizeof(TwoLevels)) : parameters_ * scale_bytes()), at_end),
+        scales_(size_t(two_levels() ? records() * record_bytes(c.offset) : parameters_ * scale_bytes()), at_end),
         offsets_(size_t(two_levels() ? 0 : parameters_ * offset_bytes()), at_end),
         bias_(size_t(c.out_features * 4), at_end),
         perm_(size_t(c.in_features * 8), at_end),
@@ -120,14 +120,14 @@ class Problem {
     return case_.scale_type == ScaleType::kF32 ? 4 : case_.scale_type == ScaleType::kF16 ? 2 : 1;
   }
 
-  bool two_levels() const { return w_.offset == Offset::kTwoLevel; }
-  int64_t records() const { return w_.panels() * w_.groups / kRecordGroups; }
+  bool two_levels() const { return has_records(w_.offset); }
+  int64_t records() const { return w_.panels() * w_.padded_inputs / kRecordInputs; }
 
   // Scales of both signs, subnormal ones, and multipliers of zero among all that there are.
   void fill_records(Random& random) {
-    const size_t count = size_t(w_.out_features * w_.groups / kRecordGroups);
+    const size_t count = size_t(w_.out_features * w_.padded_inputs / kRecordInputs);
     std::vector<uint16_t> scales(count), offsets(count);
-    std::vector<uint8_t> multipliers(count * 2 * kRecordGroups);
+    std::vector<uint8_t> multipliers(size_t(w_.out_features * w_.groups) * 2);
     for (size_t i = 0; i < count; ++i) {
       scales[i] = to_half(random.normal() * (i % 7 == 3 ? 1e-7f : 1e-2f));
       offsets[i] = to_half(random.normal() * (i % 5 == 2 ? 0.f : 1e-1f));
@@ -136,13 +136,13 @@ class Problem {
       multiplier = case_.data == Data::kExtremes ? uint8_t(255) : uint8_t(random.next() >> 9);
       if (!(random.next() >> 9 & 7)) multiplier = 0;
     }
-    pack_two_levels(scales.data(), offsets.data(), multipliers.data(), w_, 0, w_.panels(), scales_.as<TwoLevels>());
+    pack_records({scales.data(), offsets.data(), multipliers.data()}, w_, 0, w_.panels(), scales_.as<char>());
   }
 
   void fill() {
     Random random;
     const bool extreme = case_.data == Data::kExtremes;
-    const int mask = case_.type == WeightType::kInt8 ? 255 : 15;
+    const int mask = code_mask(case_.type);
     std::vector<uint8_t> codes(size_t(w_.out_features * w_.in_features));
     for (auto& code : codes) code = uint8_t(extreme ? mask : int(random.next() >> 9) & mask);
     pack_codes(codes.data(), w_, 0, w_.panels(), codes_.as<uint8_t>());
@@ -157,7 +157,7 @@ class Problem {
       if (w_.offset == Offset::kFloat) store_element(offsets_.as<char>(), parameter, i, random.normal());
     }
     w_.scales = scales_.as<char>();
-    w_.offsets = w_.offset == Offset::kSymmetric || two_levels() ? nullptr : offsets_.as<char>();
+    w_.offsets = takes_zero_point(w_.offset) || two_levels() ? nullptr : offsets_.as<char>();
     for (int64_t n = 0; n < w_.out_features; ++n) bias_.as<float>()[n] = random.normal();
     for (int64_t i = 0; i < case_.rows * w_.out_features; ++i) {
       store_element(residual_.as<char>(), case_.dtype, i, random.normal());

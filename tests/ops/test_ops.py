@@ -149,7 +149,7 @@ def test_bad_arguments_are_named() -> None:
     bad("offsets must be", offsets=torch.zeros(3, 3, 16, dtype=torch.float64))
     bad("bias has shape", bias=torch.zeros(41))
     bad("bias must be float32", bias=torch.zeros(40, dtype=torch.float64))
-    bad("weight_type must be", weight_type="int5")
+    bad("weight_type must be", weight_type="int3")
     bad("compute must be", compute="fp8")
     bad("perm has shape", perm=torch.arange(69))
     bad("perm must hold indices", perm=torch.arange(70) + 1)

@@ -184,7 +184,7 @@ def test_damage_names_the_module_and_leaves_the_model_as_it_was(message):
     assert not int4s(model)
 
 
-@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q8_0"])
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q8_0", "Q2_K"])
 def test_linears_of_gguf_files(kind):
     gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
     utils = pytest.importorskip("transformers.integrations.gguf.utils")
@@ -192,14 +192,14 @@ def test_linears_of_gguf_files(kind):
     per_block, size = gguf.GGML_QUANT_SIZES[number]
     model = nn.Sequential(utils.GgufLinear(256, 6, int(number)))
     raw = torch.randint(0, 256, (6, 256 // per_block, size), dtype=torch.uint8)
-    where = {"Q4_K": [0, 2], "Q6_K": [208], "Q8_0": [0]}[kind]
+    where = {"Q4_K": [0, 2], "Q6_K": [208], "Q8_0": [0], "Q2_K": [80, 82]}[kind]
     for at in where:
         raw[..., at : at + 2] = torch.rand(6, 256 // per_block, 1).half().view(torch.uint8)
     model[0].weight.data = raw.view(6, -1)
     want = formats.dense_module(model[0], name="0")
     exact = formats.convert_module(model[0], name="0")
     patch(model)
-    if kind == "Q6_K":  # on no grid: rounded by the recipe
+    if kind == "Q2_K":  # on no grid: rounded by the recipe
         assert exact is None
         assert torch.equal(model[0].to_weight().codes, rtn.quantize(want, Int4Config()).codes)
     else:

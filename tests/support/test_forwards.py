@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from torch_int4.support.forwards import arguments_read, cache_argument, fingerprint, forward_arguments
+from torch_int4.support.forwards import arguments_read, cache_argument, fingerprint, forward_arguments, tells_apart
 
 
 def helper(x):
@@ -160,3 +160,53 @@ def test_arguments_that_a_forward_reads_or_names():
     assert {"x", "past_key_values"} <= forward_arguments(Plain)
     assert "cache" not in forward_arguments(Plain)
     assert {"cache", "past_key_values"} <= forward_arguments(HandsOnByAnotherName)
+
+
+class Config:
+    _attn_implementation = "sdpa"
+
+
+class AsksForBoth(nn.Module):
+    config = Config()
+
+    def forward(self, x):
+        return x.sum() if self.config._attn_implementation in ("eager", "sdpa") else x
+
+
+class AsksForEager(nn.Module):
+    config = Config()
+
+    def forward(self, x):
+        return self.helped(x)
+
+    def helped(self, x):
+        plain = self.config._attn_implementation == "eager"
+        return x if plain else x.sum()
+
+
+class Inherits(AsksForBoth):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class Looks(nn.Module):
+    config = Config()
+
+    def forward(self, x, functions):
+        return functions.get(self.config._attn_implementation)(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "from_sdpa", "from_eager"),
+    [
+        (AsksForBoth, True, True),
+        (Inherits, True, True),
+        (AsksForEager, False, True),
+        (Looks, False, False),
+        (Plain, False, False),
+    ],
+)
+def test_classes_that_ask_for_the_name_of_their_attention(kind, from_sdpa, from_eager):
+    assert tells_apart(kind, "sdpa", "another") is from_sdpa
+    assert tells_apart(kind, "eager", "another") is from_eager
+    assert not tells_apart(kind, "another", "another")

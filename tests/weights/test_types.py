@@ -13,14 +13,16 @@ from torch_int4.weights.packed import PackedWeight
 OPS = torch.ops.torch_int4
 
 
-def weight_of(kind: types.WeightType, rows: int = 18, inputs: int = 70) -> Int4Weight:
-    return random_weight(rows, inputs, 32, bits=kind.bits, codebook=kind.codebook)
+def weight_of(kind: types.WeightType, rows: int = 18) -> Int4Weight:
+    if kind.bits == 6:  # which kernels have with scales of two levels alone
+        return random_weight(rows, 256, 16, "scales", bits=6)
+    return random_weight(rows, 70, 32, bits=kind.bits, codebook=kind.codebook)
 
 
 def test_files_refer_to_the_order_of_the_code_books() -> None:
     assert types.CODEBOOKS[:4] == ("nf4", "fp4", "bnb_fp4", "iq4_nl")
     assert (types.INT4.zero, types.INT4.largest, types.INT8.zero, types.INT8.largest) == (8, 15, 128, 255)
-    assert types.BITS == (4, 8)
+    assert types.BITS == (4, 5, 6, 8)
 
 
 @pytest.mark.parametrize("kind", types.TYPES.values(), ids=types.TYPES)
@@ -29,12 +31,12 @@ def test_every_row_is_what_the_operators_do(kind: types.WeightType) -> None:
     assert weight.type is kind
     held = PackedWeight.pack(weight)
     assert held.weight_type == kind.name
-    assert held.packed.shape == (2, 96 // kind.line_inputs, 64)
+    assert held.packed.shape == (2, -(-weight.in_features // 32) * kind.bits, 64)
     back = held.to_weight()
     assert torch.equal(back.codes, weight.codes)
     assert (back.bits, back.codebook) == (kind.bits, kind.codebook)
     if kind.book is None:
-        zero = Int4Weight(torch.full((1, 32), kind.zero, dtype=torch.uint8), torch.ones(1, 1), bits=kind.bits)
+        zero = dataclasses.replace(weight, codes=torch.full_like(weight.codes, kind.zero))
         assert not PackedWeight.pack(zero).dequantize().any()
     else:
         assert OPS.codebook(kind.name).tolist() == list(kind.book)
@@ -49,11 +51,11 @@ def test_every_row_is_what_the_operators_do(kind: types.WeightType) -> None:
 
 def test_a_type_that_is_none_is_named_with_those_that_are() -> None:
     names = ", ".join(types.TYPES)
-    with pytest.raises(Int4Error, match=f"one of {names}; not 'int5'"):
-        types.named("int5")
+    with pytest.raises(Int4Error, match=f"one of {names}; not 'int3'"):
+        types.named("int3")
     weight = weight_of(types.INT4)
-    with pytest.raises(RuntimeError, match=f"one of {names}; not 'int5'"):
-        OPS.pack(weight.codes, weight.scales, group_size=32, weight_type="int5")
+    with pytest.raises(RuntimeError, match=f"one of {names}; not 'int3'"):
+        OPS.pack(weight.codes, weight.scales, group_size=32, weight_type="int3")
     with pytest.raises(RuntimeError, match="no code book 'int4'"):
         OPS.codebook("int4")
     assert types.find(8, "nf4") is None

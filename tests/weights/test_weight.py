@@ -88,7 +88,7 @@ BROKEN = {
     "with N, K > 0": {"codes": torch.zeros(0, 72, dtype=torch.uint8)},
     "codes must be 0..15, found 16": {"codes": torch.full((5, 72), 16, dtype=torch.uint8)},
     "codes is on the meta device": {"codes": torch.zeros(5, 72, dtype=torch.uint8, device="meta")},
-    "bits must be 4 or 8": {"bits": 3},
+    "bits must be 4 or 5 or 6 or 8": {"bits": 3},
     "group_size must be positive": {"group_size": 0},
     "positive, or -1": {"group_size": -32},
     "scales must have shape [5, 3]": {"scales": torch.ones(5, 2)},
@@ -106,7 +106,7 @@ BROKEN = {
     "perm must have shape": {"perm": torch.arange(71)},
     "perm is not a permutation": {"perm": torch.arange(72).clamp(max=70)},
     "not a permutation of 0..71": {"perm": torch.arange(72) - 1},
-    "multipliers need groups of 32 inputs and a multiple of 256 inputs, and these are 72": {"multipliers": M},
+    "or of 16 without offsets, and a multiple of 256 inputs, and these are 72 in groups of 32": {"multipliers": M},
 }
 
 
@@ -143,8 +143,8 @@ def test_two_levels_are_the_products_of_both():
 
 BROKEN_LEVELS = {
     "multipliers need groups of 32": {"group_size": 64},
-    "multipliers need offsets": {"offsets": None},
-    "and no codebook": {"codebook": "nf4"},
+    "multipliers must be torch.int8": {"offsets": None},
+    "a weight with a codebook has neither": {"codebook": "nf4"},
     "multipliers must be torch.uint8": {"multipliers": torch.zeros(5, 16, 2)},
     "multipliers must have shape [5, 16, 2]": {"multipliers": torch.zeros(5, 16, dtype=torch.uint8)},
     "multipliers must be a tensor": {"multipliers": 1},

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers.base import HfQuantizer
 
 from torch_int4.checkpoint.stored import state_of
 from torch_int4.config import Int4Config
+from torch_int4.nn.linear import Int4Linear
 from torch_int4.support.atomic import replaced_folder
 from torch_int4.support.mixins import Mixin, mix_in
 
@@ -78,7 +80,9 @@ class SavesInt4(Mixin):
             return
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(save_directory).name)
-        with replaced_folder(save_directory) as partial, _as_stored(self):
+        with replaced_folder(save_directory) as partial, _as_stored(self) as renamed:
+            if not renamed:
+                kwargs["save_original_format"] = False
             for other in beside:
                 other.save_pretrained(partial)
             save(partial, *args, **kwargs)
@@ -118,24 +122,40 @@ class _Writer(HfQuantizer):
 
 
 @contextlib.contextmanager
-def _as_stored(model: Any) -> Iterator[None]:
-    """A model whose config and quantizer are those of the files, for as long as they are written."""
+def _as_stored(model: Any) -> Iterator[bool]:
+    """A model whose config and quantizer are those of the files, for as long as they are written.
+
+    Yields:
+        Whether its int4 weights can have the names that transformers' own checkpoints of such models have.
+    """
     if getattr(model, "_hf_peft_config_loaded", False):  # then only its adapters are saved
-        yield
+        yield True
         return
     state, description = state_of(model, getattr(model, CONFIG))
     kept = [(owner, name, vars(owner).get(name, _Writer)) for owner, name in _changed(model)]
     try:
         model.config.quantization_config = description
         model.hf_quantizer = _Writer(getattr(model, CONFIG), state)
+        renamed = _are_renamed(model, state)
         del state
-        yield
+        yield renamed
     finally:
         for owner, name, value in kept:
             if value is _Writer:  # there was none
                 vars(owner).pop(name, None)
             else:
                 setattr(owner, name, value)
+
+
+def _are_renamed(model: Any, state: Mapping[str, Tensor]) -> bool:
+    """Whether transformers only renames int4 weights as it saves them, and does not join, split or pad their codes."""
+    linears = {name for name, module in model.named_modules() if isinstance(module, Int4Linear)}
+    tensors = {key: value.to("meta") for key, value in state.items() if key.rpartition(".")[0] in linears}
+    try:
+        saved = revert_weight_conversion(model, dict(tensors))
+    except Exception:
+        return False  # what it does needs more than these tensors, or tensors of other shapes
+    return {id(tensor) for tensor in saved.values()} == {id(tensor) for tensor in tensors.values()}
 
 
 def _changed(model: Any) -> list[tuple[Any, str]]:

@@ -223,14 +223,10 @@ def _read_zeros(
 
 
 def _refuse_to_write(weight: Int4Weight, name: str) -> None:
-    reason = None
-    if weight.codebook is not None or weight.scales.dtype == torch.uint8:
-        reason = "has a code book"
-    elif weight.offsets is not None:
-        reason = "has float offsets (zeros='float')"
-    elif weight.perm is not None:
+    reason = _checks.no_integer_grid(weight)
+    if reason is None and weight.perm is not None:
         reason = "has a permutation of its inputs (act-order)"
-    elif weight.group_size != -1 and weight.in_features % weight.group_size:
+    if reason is None and weight.group_size != -1 and weight.in_features % weight.group_size:
         reason = f"has {weight.in_features} inputs, which are no full groups of {weight.group_size}"
     if reason is not None:
         raise Int4Error(

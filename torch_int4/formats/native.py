@@ -1,11 +1,12 @@
 """Our own form, for what no common format can express: float offsets, code books, permutations, shorter last groups.
 
 Per linear of N outputs and K inputs, with G groups:
-    int4_codes    uint8 [N, ceil(K/2)], even inputs in the low nibble; [N, K] when a code has 8 bits
+    int4_codes    uint8 [N, ceil(K/2)], even inputs in the low nibble; [N, K] when a code has 8 bits; when it has 5 or
+                  6, the bits above the nibbles follow them (`weights/nibbles.py`)
     int4_scales   float16, bfloat16, float32 or uint8 [N, G]
     int4_zeros    uint8 [N, G], or
     int4_offsets  [N, G] in the scales' dtype; neither when symmetric
-    int4_multipliers  uint8 [N, G, 2]; scales and offsets are then float16 [N, G / 8]
+    int4_multipliers  uint8 [N, G, 2], or int8 [N, G] without offsets; scales and offsets are then float16 [N, K / 256]
     int4_perm     int64 [K], when columns are permuted
     int4_layout   int64 [5]: bits, group size, code book (0 none, else 1 + its place in `CODEBOOKS`), N, K
 The meaning of each is that of `Int4Weight`; `CODEBOOKS` are the code books in the table of `weights/types.py`.
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch_int4.errors import Int4Error
 from torch_int4.formats.parts.format import Format, Settings
 from torch_int4.weights import nibbles
-from torch_int4.weights.canonical import RECORD_GROUPS, SCALE_DTYPES, Int4Weight
+from torch_int4.weights.canonical import RECORD_INPUTS, SCALE_DTYPES, Int4Weight
 from torch_int4.weights.types import BITS, CODEBOOKS
 
 VERSION = 1
@@ -64,14 +65,16 @@ class Native(Format):
         bits, size, book, rows, inputs = _layout(tensors, name)
         if (rows, inputs) != shape:
             raise Int4Error(f"{name}.int4_layout: says {[rows, inputs]}, but the model's linear is {list(shape)}")
-        codes = _tensor(tensors, "codes", name, (torch.uint8,), (rows, -(-inputs // 2) if bits == 4 else inputs))
+        codes = _tensor(tensors, "codes", name, (torch.uint8,), (rows, nibbles.stored_columns(bits, inputs)))
         codes = nibbles.restored(codes, bits, inputs)
         groups = 1 if size == -1 else -(-inputs // size)
         fields: dict[str, Tensor] = {}
         each = groups  # groups of a scale
         if "int4_multipliers" in tensors:
-            fields["multipliers"] = _tensor(tensors, "multipliers", name, (torch.uint8,), (rows, groups, 2))
-            each = groups // RECORD_GROUPS
+            pairs = "int4_offsets" in tensors
+            dtype, sizes = (torch.uint8, (rows, groups, 2)) if pairs else (torch.int8, (rows, groups))
+            fields["multipliers"] = _tensor(tensors, "multipliers", name, (dtype,), sizes)
+            each = inputs // RECORD_INPUTS
         scales = _tensor(tensors, "scales", name, SCALE_DTYPES, (rows, each))
         if "int4_zeros" in tensors:
             fields["zeros"] = _tensor(tensors, "zeros", name, (torch.uint8,), (rows, groups))

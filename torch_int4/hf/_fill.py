@@ -146,8 +146,7 @@ def plan_reading(survey: Survey, how: Stored, source: Checkpoint, names: Names, 
     except Int4Error as error:
         raise Int4Error(f"{error} (in {where})") from error
     for module, found in quantized.items():
-        target = names.target(f"{module}.weight")
-        name = target.removesuffix(".weight") if target is not None else None
+        name = names.linear(module)
         example = next(iter(found.values()))
         if name is not None and names.is_of_another_head(survey.model, name):
             continue  # as transformers does, which says so

@@ -35,7 +35,21 @@ class Names:
         renamed, pattern = self._rename(key, self._renamings, self._converters)
         if renamed not in self._known and key in self._known:
             renamed, pattern = self._rename(key, [], [])
+        if renamed not in self._known and key.endswith(".weight"):  # a renaming may have added that to a bare name
+            bare, pattern_of_bare = self._rename(key.removesuffix(".weight"), self._renamings, self._converters)
+            renamed, pattern = (bare, pattern_of_bare) if bare in self._known else (renamed, pattern)
         return renamed if pattern is None else None
+
+    def linear(self, module: str) -> str | None:
+        """The model's name of a linear whose weight is quantized in a checkpoint; None where several become one.
+
+        What transformers does to the values of one float weight (vocabularies without padding) is done already.
+        """
+        key = f"{module}.weight"
+        target = self.target(key) or next(
+            (x for x in (self._rename(key, self._renamings, [])[0], key) if x in self._known), None
+        )
+        return target.removesuffix(".weight") if target is not None else None
 
     def stored_by_expert(self, source: Iterable[str]) -> set[str]:
         """Names of the experts modules whose weights a checkpoint has one by one, expert by expert."""

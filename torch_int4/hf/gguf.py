@@ -15,6 +15,7 @@ from torch_int4.errors import Int4Error
 from torch_int4.formats.gguf import BLOCKS, GgufBlocks
 from torch_int4.formats.parts.gguf_file import GgufFile, GgufTensor, open_gguf
 from torch_int4.formats.parts.gguf_split import parts_of, whole_file
+from torch_int4.hf.gguf_blocks import load_direct
 
 
 def from_gguf(
@@ -27,10 +28,11 @@ def from_gguf(
 ) -> Any:
     """A patched model from a GGUF file on disk.
 
-    transformers builds the model, with expanded weights; each linear whose weight is an expansion of blocks on a grid
-    that kernels have (`formats/gguf.py`) then takes over these blocks, found by the bits of the weight and therefore
-    right by construction. Other linears are quantized as the config says, and the report names them and the types of
-    the file that are to blame. The model is held in fp32 meanwhile.
+    Linears whose tensor has blocks on a grid that kernels have (`formats/gguf.py`) take over these blocks as they are
+    (`hf/gguf_blocks.py`). Other linears are quantized as the config says, and the report names them and the types of
+    the file that are to blame. Where tensors and parameters do not go one by one, as with experts, transformers builds
+    the model in float32, and each linear whose weight is an expansion of blocks takes them over, found by the bits of
+    the weight and therefore right by construction.
 
     Args:
         path: the file; of a model in parts (`-00001-of-00003.gguf`) any of them.
@@ -50,9 +52,14 @@ def from_gguf(
     with whole_file(Path(path)) as whole:
         file = open_gguf(whole)
         _require_language_model(file)
-        model = _expand(whole, model_class)
-        taken = take_over(model, file, config)
-    _cast(model, floats)
+        direct = load_direct(whole, file, floats, model_class, head=config.head != "float")
+        if direct is None:
+            model = _expand(whole, model_class)
+            taken = take_over(model, file, config)
+            _cast(model, floats)
+        else:
+            model, taken = direct
+            del direct
     model = patch(model, config)
     model.torch_int4_report.notices += _rounded(model, file, taken)
     return model

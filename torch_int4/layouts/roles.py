@@ -29,6 +29,11 @@ class Fact(NamedTuple):
         """The tensor, None where there is none; or the attribute."""
         return getattr(module, self.place).get(self.name) if self.place else getattr(module, self.name)
 
+    def of_several(self, modules: Sequence[Any]) -> Any:
+        """The same of each module: a list, or of names one text with commas in between."""
+        values = [self.of(module) for module in modules]
+        return ",".join(values) if isinstance(values[0], str) else values
+
 
 class Role(NamedTuple):
     """The facts that decide the results of modules of one kind.
@@ -54,7 +59,7 @@ class Role(NamedTuple):
 
     def several(self, modules: Sequence[Any]) -> dict[str, Any]:
         """The arguments of an operator that takes several modules, which agree."""
-        given = {fact.many: [fact.of(module) for module in modules] for fact in self.own}
+        given = {fact.many: fact.of_several(modules) for fact in self.own}
         for fact in self.common:
             given[fact.many] = fact.of(modules[0])
         return given
@@ -86,8 +91,10 @@ LINEAR = Role(
         Fact("biases", "bias", "_parameters", "bias"),
         Fact("perms", "perm", "_buffers", "perm"),
         _attribute("out_features"),
+        _attribute("group_size"),
+        _attribute("weight_type"),
     ),
-    common=(_attribute("group_size"), _attribute("weight_type"), _attribute("compute")),
+    common=(_attribute("compute"),),
 )
 
 

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from torch_int4.nn.attention import FLOATS, HARMLESS, additive, attend, is_mask
 from torch_int4.support.forwards import arguments_read, attention_function, forward_arguments
 
 NAME = "torch_int4"  # transformers looks for "sdpa", "flash", "flex" and "eager" inside of names
+WITH_MASK = "torch_int4_with_mask"  # for modules that compute with the mask: always there, and added to scores
+NAMES = (NAME, WITH_MASK)
 
 
 def attention_forward(
@@ -92,5 +94,6 @@ def _stock(
     return plain(module, query, key, value, mask, dropout=dropout, scaling=scaling, softcap=softcap, **kwargs)
 
 
-AttentionInterface.register(NAME, attention_forward)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+for _name, _mask in zip(NAMES, (sdpa_mask, eager_mask), strict=True):
+    AttentionInterface.register(_name, attention_forward)
+    AttentionMaskInterface.register(_name, _mask)

@@ -38,18 +38,18 @@ class ContinuousBatching:
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' manager, with attention that it can use while it runs; arguments are those of transformers."""
-        from torch_int4.nn.attention_interface import NAME
+        from torch_int4.nn.attention_interface import NAMES
 
         require_paged(self)
-        ours = self.config._attn_implementation == NAME  # type: ignore[attr-defined]
-        if ours:
+        before = self.config._attn_implementation  # type: ignore[attr-defined]
+        if ours := before in NAMES:
             self.set_attn_implementation(PAGED)  # type: ignore[attr-defined]
         try:
             manager = super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
         except Exception:
             if ours:
-                self.set_attn_implementation(NAME)  # type: ignore[attr-defined]
+                self.set_attn_implementation(before)  # type: ignore[attr-defined]
             raise
         if ours:
-            manager._original_attn_impl = NAME  # what stopping it restores
+            manager._original_attn_impl = before  # what stopping it restores
         return manager

@@ -103,8 +103,8 @@ class PreparedExperts:
                 [expert._modules[name]._buffers["perm"] for expert in experts for name in ("up_proj", "down_proj")],
                 in_features=first.in_features,
                 out_features=[linear.out_features for linear in linears[: len(layout.linears)]],
-                group_size=first.group_size,
-                weight_type=first.weight_type,
+                group_size=[linear.group_size for linear in linears[: len(layout.linears)]],
+                weight_type=",".join([linear.weight_type for linear in linears[: len(layout.linears)]]),
                 compute=first.compute,
                 activation=layout.activation,
             )
@@ -167,17 +167,20 @@ def _is_touched(linear: Any) -> bool:
 
 
 def _agree(linears: list[Any], layout: ExpertsLayout) -> bool:
-    """Whether the linears have one arithmetic, the same sizes in every expert, and gate and up one order of inputs."""
+    """Whether the linears have one arithmetic, and the same sizes and types in every expert, and gate and up take the
+    same input in the same groups."""
     each = len(layout.linears)
-    for at, linear in enumerate(linears):
-        other = linears[at % each]
-        if (linear.group_size, linear.weight_type, linear.compute) != (
-            linears[0].group_size,
-            linears[0].weight_type,
-            linears[0].compute,
-        ) or (linear.out_features, linear.in_features) != (other.out_features, other.in_features):
-            return False
+    kinds = [_kind(linear) for linear in linears]
+    if len({linear.compute for linear in linears[:each]}) > 1 or kinds != kinds[:each] * (len(linears) // each):
+        return False
     if not layout.gated:
         return True
     pairs = zip(linears[0::each], linears[1::each], strict=True)
-    return all(gate.packed_weight.shares_input_with(up.packed_weight) for gate, up in pairs)
+    return linears[0].group_size == linears[1].group_size and all(
+        gate.packed_weight.shares_input_with(up.packed_weight) for gate, up in pairs
+    )
+
+
+def _kind(linear: Any) -> tuple[Any, ...]:
+    """All that is the same of this linear in every expert."""
+    return (linear.out_features, linear.in_features, linear.group_size, linear.weight_type, linear.compute)

@@ -57,8 +57,8 @@ class SharedInput:
             [m._parameters["bias"] for m in self.members],
             held[0]["perm"],
             out_features=[m.out_features for m in self.members],
-            group_size=first.group_size,
-            weight_type=first.weight_type,
+            group_size=[m.group_size for m in self.members],
+            weight_type=",".join([m.weight_type for m in self.members]),
             compute=first.compute,
         )
         return outputs
@@ -75,7 +75,7 @@ def _version(x: Tensor) -> int:
 def merge_inputs(linears: Sequence[Int4Linear]) -> bool:
     """Lets linears that always get the same input share one operator call. Returns whether that was possible.
 
-    They must agree in everything that shapes the quantized input: features, group size, weight type, compute, perm.
+    They must agree in their inputs' number and order (perm) and in how they compute; their weights may differ.
     """
     if any(type(linear) is not Int4Linear for linear in linears):  # others compute more than the product
         return False

@@ -2,7 +2,7 @@
 
 Packed weights are three tensors (see csrc/kernels/kernel.h): `weight` uint8 `[panels, lines, 64]`, `scales` float16,
 float32 or uint8 (powers of two, E8M0) `[panels, groups, 16]`, and `offsets` (uint8 zero points, or floats of the
-scales' type) or None; or, for scales and offsets of two levels, `scales` uint8 `[panels, groups / 8, 320]`.
+scales' type) or None; or, where scales have two levels, `scales` uint8 `[panels, K / 256, bytes of a record]`.
 `weight_type` is the name of a row of the table in `weights/types.py`: "int4", "int8", or that of a code book.
 """
 
@@ -17,7 +17,7 @@ from torch_int4 import _C
 from torch_int4.errors import Int4Error
 from torch_int4.ops import attention, experts, layer
 from torch_int4.ops.fakes import fake
-from torch_int4.weights.packed import are_records, codes_shape, groups_of, records_shape, stream_shape
+from torch_int4.weights.packed import RECORDS, codes_shape, groups_of, records_of, records_shape, stream_shape
 
 _REGISTER = (_C, attention, experts, layer)  # imported because that registers operators, or their shapes
 
@@ -61,7 +61,8 @@ def _pack(
     rows, inputs = codes.shape
     packed = codes.new_empty(codes_shape(rows, inputs, weight_type))
     if multipliers is not None:
-        return packed, codes.new_empty(records_shape(rows, inputs)), scales.new_empty(0)
+        kind = next(k for k in RECORDS if k[1:] == (group_size, offsets is not None))
+        return packed, codes.new_empty(records_shape(rows, inputs, kind)), scales.new_empty(0)
     stream = stream_shape(rows, inputs, group_size)
     given = zeros if zeros is not None else offsets
     packed_offsets = scales.new_empty(0) if given is None else given.new_empty(stream)
@@ -78,9 +79,10 @@ def _unpack(
     weight: Tensor, scales: Tensor, offsets: Tensor | None, out_features: int, in_features: int, group_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     codes = weight.new_empty(out_features, in_features)
-    if are_records(scales):
+    records = records_of(scales)
+    if records is not None:
         levels = scales.new_empty(out_features, scales.shape[1], dtype=torch.float16)
-        return codes, levels, torch.empty_like(levels)
+        return codes, levels, torch.empty_like(levels) if records.has_offsets else levels.new_empty(0)
     streams = (out_features, groups_of(in_features, group_size))
     unpacked_offsets = scales.new_empty(0) if offsets is None else offsets.new_empty(streams)
     return codes, scales.new_empty(streams), unpacked_offsets
@@ -88,7 +90,12 @@ def _unpack(
 
 @fake("unpack_multipliers")
 def _unpack_multipliers(scales: Tensor, out_features: int, in_features: int) -> Tensor:
-    return scales.new_empty(out_features, groups_of(in_features, _C.SLAB), 2)
+    records = records_of(scales)
+    assert records is not None
+    groups = groups_of(in_features, records.group_size)
+    if records.has_offsets:
+        return scales.new_empty(out_features, groups, 2)
+    return scales.new_empty(out_features, groups, dtype=torch.int8)
 
 
 @fake("dequantize")

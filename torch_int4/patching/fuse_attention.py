@@ -20,9 +20,13 @@ from torch_int4.support.forwards import (
     cache_argument,
     fingerprint,
     forward_arguments,
+    tells_apart,
 )
 
 EAGER = "eager"  # transformers' plain implementation of attention
+SDPA = "sdpa"
+MASK = "create_causal_mask"  # the function of transformers whose masks have no window
+OTHERS = "computes something else unless the implementation of its attention is called 'eager' or 'sdpa'"
 KEPT = "attn_implementation='eager' was chosen before patch() and stays; set_attn_implementation({!r}) lets ours run"
 
 
@@ -168,20 +172,57 @@ def _use_interface(decoder: Any, kept: bool, refusals: Refusals) -> bool:
     """Have a decoder call our operator, where its modules ask transformers' interface what to call."""
     if not getattr(decoder, "_supports_attention_backend", False) or not decoder._can_set_attn_implementation():
         return False
-    if decoder.config._attn_implementation not in ("sdpa", "eager") or not getattr(decoder.config, "is_causal", True):
+    if decoder.config._attn_implementation not in (SDPA, EAGER) or not getattr(decoder.config, "is_causal", True):
         return False
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if not _is_stock(ALL_ATTENTION_FUNCTIONS.get(decoder.config._attn_implementation)):
         return False
+    if _window_is_of_cache(decoder):
+        refusals.add(decoder, "the window of its attention is that of transformers' caches, and not in its masks")
+        return False
+    name = _name_for(decoder)
+    if name is None:
+        for module in decoder.modules():
+            if _tells_apart(module, EAGER):
+                refusals.add(module, OTHERS)
+        return False
+    if kept:
+        refusals.add(decoder, KEPT.format(name))
+        return False
+    decoder.config._attn_implementation_internal = name
+    return True
+
+
+def _window_is_of_cache(decoder: Any) -> bool:
+    """Whether caches of transformers drop tokens that a decoder (Moshi) never masks; ours drop none."""
+    from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
+
+    masks = {name for name in inspect.unwrap(type(decoder).forward).__code__.co_names if name.endswith("_mask")}
+    if not (MASK in masks and masks <= {MASK, "attention_mask", "causal_mask"}):
+        return False
+    return any(isinstance(layer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=decoder.config).layers)
+
+
+def _name_for(decoder: Any) -> str | None:
+    """The name by which the modules of a decoder can call our attention, for some look at the name and do for "sdpa" or
+    "eager" what they do for no other; None where both would be missed.
+    """
+    from torch_int4.nn.attention_interface import NAME, WITH_MASK
+
+    for name, stands_for in ((NAME, SDPA), (WITH_MASK, EAGER)):
+        written_for = stands_for == EAGER or getattr(decoder, "_supports_sdpa", False)
+        if written_for and not any(_tells_apart(module, stands_for) for module in decoder.modules()):
+            return name
+    return None
+
+
+def _tells_apart(module: nn.Module, implementation: str) -> bool:
+    """Whether a module does something else for an implementation of transformers than for a name of ours."""
     from torch_int4.nn.attention_interface import NAME
 
-    if kept:
-        refusals.add(decoder, KEPT.format(NAME))
-        return False
-
-    decoder.config._attn_implementation_internal = NAME
-    return True
+    kind: Any = type(module)
+    return tells_apart(kind, implementation, NAME)
 
 
 def _manage_cache(decoder: Any, config: Int4Config) -> None:

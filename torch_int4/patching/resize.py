@@ -16,7 +16,7 @@ from torch_int4.patching import hooks as _hooks
 from torch_int4.recipes import rtn
 from torch_int4.support.mixins import Mixin, mix_in
 from torch_int4.weights.canonical import Int4Weight
-from torch_int4.weights.packed import are_records
+from torch_int4.weights.packed import records_of
 
 PER_ROW = ("codes", "scales", "zeros", "offsets")
 
@@ -71,7 +71,7 @@ def check_resizable(head: Int4Linear) -> None:
         what = f"extras ({', '.join(extras_of(head))})"
     elif head.packed_weight.type.book is not None:
         what = f"the code book {head.weight_type!r}"
-    elif are_records(head.packed_scales):
+    elif records_of(head.packed_scales) is not None:
         what = "scales of two levels"
     if what is not None:
         raise Int4Error(
@@ -99,11 +99,15 @@ def requantize(dense: torch.Tensor, like: Int4Linear, *, name: str = "weight") -
     """`[rows, in_features]` floats to the nearest points of grids like those that a linear has.
 
     Raises:
-        Int4Error: naming `name`: the linear has a code book, or values are not finite.
+        Int4Error: naming `name`: the linear has a code book or scales of two levels without offsets, or values are not
+            finite.
     """
     kind = like.packed_weight.type
     if kind.book is not None:
         raise Int4Error(f"{name}: there is no rounding to the code book {like.weight_type!r}; leave it unmerged")
+    records = records_of(like.packed_scales)
+    if records is not None and not records.has_offsets:
+        raise Int4Error(f"{name}: there is no rounding to scales of two levels without offsets; leave it unmerged")
     offsets = like.packed_weight.offset_kind
     options = WeightOptions(group_size=like.group_size, symmetric=offsets is None, zeros=offsets or "integer")
     ordered = dense if like.perm is None else dense[:, like.perm]

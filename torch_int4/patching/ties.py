@@ -27,12 +27,21 @@ def record(model: nn.Module) -> list[tuple[str, nn.Module, dict[str, str]]]:
 
 
 def forget(model: nn.Module, records: list[tuple[str, nn.Module, dict[str, str]]], replaced: set[str]) -> None:
-    """Drop every tie of the `replaced` modules, given by name, and leave all others."""
+    """Drop every tie of weights of the `replaced` modules, given by name, and leave all others.
+
+    A config says of all ties of its models at once whether they hold, and goes on doing so while any is left.
+    """
+    fewer: list[nn.Module] = []
+    still_tied: set[int] = set()
     for name, module, ties in records:
         kept = _without(ties, _relative(replaced, name))
         if len(kept) != len(ties):
             setattr(module, KEYS, kept)
-            _clear_flag(module)
+            fewer.append(module)
+        if any(_holder(module, target) is not _holder(module, source) for target, source in kept.items()):
+            still_tied.update(id(part) for part in _configs(module))
+    for module in fewer:
+        _clear_flag(module, still_tied)
     for name, module in model.named_modules():
         expanded = getattr(module, EXPANDED, None)
         if isinstance(expanded, dict):
@@ -45,18 +54,30 @@ def _relative(names: set[str], owner: str) -> set[str]:
 
 
 def _without(ties: dict[str, str], gone: set[str]) -> dict[str, str]:
+    """The ties but those of the weights of modules; what ties their biases stays true."""
+
     def stays(parameter: str) -> bool:
-        return parameter.rpartition(".")[0] not in gone
+        holder, _, name = parameter.rpartition(".")
+        return name == "bias" or holder not in gone
 
     return {target: source for target, source in ties.items() if stays(target) and stays(source)}
 
 
-def _clear_flag(module: nn.Module) -> None:
+def _holder(module: nn.Module, parameter: str) -> nn.Module:
+    """The module of a parameter; parameters of one that stands in several places are one without being tied."""
+    return module.get_submodule(parameter.rpartition(".")[0])
+
+
+def _configs(module: nn.Module) -> list[Any]:
     config: Any = getattr(module, "config", None)
+    return [part for part in (config, getattr(config, "text_config", None)) if part is not None]
+
+
+def _clear_flag(module: nn.Module, still_tied: set[int]) -> None:
     if any(_reads_flag(part) for part in module.modules()):
         return  # UMT5 and others scale the input of the head by this flag: the trimmed keys have to do
-    for part in (config, getattr(config, "text_config", None)):
-        if getattr(part, FLAG, False):
+    for part in _configs(module):
+        if getattr(part, FLAG, False) and id(part) not in still_tied:
             setattr(part, FLAG, False)
 
 

@@ -10,11 +10,19 @@ import ast
 import functools
 import hashlib
 import inspect
+import operator
 import textwrap
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+IMPLEMENTATION = "_attn_implementation"  # the attribute of configs
+COMPARES: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.In: lambda value, several: value in several,
+    ast.NotIn: lambda value, several: value not in several,
+}
 CACHES = ("cache", "past_key_values", "layer_past")  # what arguments with a KV cache are called; the first one is ours
 
 
@@ -194,3 +202,32 @@ def attention_function(kind: type, implementation: str) -> Any:
         return names.get("eager_attention_forward")
     known = names.get("ALL_ATTENTION_FUNCTIONS")
     return None if known is None else known.get(implementation)
+
+
+@functools.cache
+def tells_apart(kind: type, one: str, other: str) -> bool:
+    """Whether a class compares the name of its implementation of attention with others, and two names differ in it.
+
+    It is looked for in the methods of a class, as `config._attn_implementation == "sdpa"` or `in ("eager", "sdpa")`.
+    """
+    for base in kind.__mro__:
+        for function in vars(base).values():
+            function = inspect.unwrap(function) if callable(function) else None
+            if not isinstance(function, types.FunctionType) or IMPLEMENTATION not in function.__code__.co_names:
+                continue
+            nodes = ast.walk(source_of(function) or ast.Pass())
+            if any(_answer(each, one) != _answer(each, other) for each in nodes if isinstance(each, ast.Compare)):
+                return True
+    return False
+
+
+def _answer(compare: ast.Compare, name: str) -> Any:
+    """The value of a comparison of the name of an implementation of attention with literals; None for others."""
+    sides = [compare.left, *compare.comparators]
+    if len(sides) != 2 or not any(isinstance(side, ast.Attribute) and side.attr == IMPLEMENTATION for side in sides):
+        return None
+    try:
+        left, right = (name if isinstance(side, ast.Attribute) else ast.literal_eval(side) for side in sides)
+        return COMPARES[type(compare.ops[0])](left, right)
+    except (ValueError, TypeError, KeyError):
+        return None

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_int4.weights.canonical import Int4Weight
+from torch_int4.weights.canonical import Int4Weight, Records
 from torch_int4.weights.packed import codes_shape, records_shape, stream_shape
 
 SMALL = 32 << 20  # bytes; what is larger loses little at its ends
@@ -35,8 +35,8 @@ class Size(NamedTuple):
         in_features: columns.
         group_size: inputs per group, or -1.
         weight_type: the name of its type.
-        offsets: None where it has none, "integer" (uint8), "float" (as the scales), or "records" where both have two
-            levels.
+        offsets: None where it has none, "integer" (uint8), or "float" (as the scales).
+        records: the kind of scales of two levels, which hold the offsets, or None.
     """
 
     out_features: int
@@ -44,21 +44,21 @@ class Size(NamedTuple):
     group_size: int
     weight_type: str
     offsets: str | None = None
+    records: Records | None = None
 
     @classmethod
     def of(cls, weight: Int4Weight) -> Size:
         """The size that a canonical weight will have."""
         kind = "integer" if weight.zeros is not None else None if weight.offsets is None else "float"
-        if weight.multipliers is not None:
-            kind = "records"
-        return cls(weight.out_features, weight.in_features, weight.group_size, weight.type.name, kind)
+        sizes = (weight.out_features, weight.in_features, weight.group_size, weight.type.name)
+        return cls(*sizes, kind, weight.records)
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes, of scales in 16 bits, and of offsets."""
         codes = math.prod(codes_shape(self.out_features, self.in_features, self.weight_type))
-        if self.offsets == "records":
-            return codes + math.prod(records_shape(self.out_features, self.in_features))
+        if self.records is not None:
+            return codes + math.prod(records_shape(self.out_features, self.in_features, self.records))
         stream = math.prod(stream_shape(self.out_features, self.in_features, self.group_size))
         added = {None: 0, "integer": 1, "float": 2}[self.offsets]
         return codes + (2 + added) * stream
@@ -81,8 +81,8 @@ class Arena:
         self._untrimmed = 0
         for size in sizes:
             self._bytes.append(math.prod(codes_shape(size.out_features, size.in_features, size.weight_type)))
-            if size.offsets == "records":
-                self._bytes.append(math.prod(records_shape(size.out_features, size.in_features)))
+            if size.records is not None:
+                self._bytes.append(math.prod(records_shape(size.out_features, size.in_features, size.records)))
                 continue
             stream = math.prod(stream_shape(size.out_features, size.in_features, size.group_size))
             self._floats.append(stream)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch_int4.errors import Int4Error
 from torch_int4.weights import types
 
 TENSORS = ("codes", "scales", "zeros", "offsets", "multipliers", "perm")  # of an `Int4Weight`
-RECORD_GROUPS = _C.RECORD_GROUPS  # groups that share a scale and an offset where there are multipliers
+RECORD_INPUTS = _C.RECORD_INPUTS  # that share a scale and an offset where there are multipliers
 SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 
 
@@ -30,6 +31,23 @@ def group_spans(inputs: int, group_size: int) -> Iterator[tuple[slice, slice, in
         yield slice(full * size, inputs), slice(full, full + 1), inputs % size
 
 
+class Records(NamedTuple):
+    """A kind of scales of two levels, as they are packed: a record for 256 inputs of 16 rows (csrc/kernels/kernel.h).
+
+    Attributes:
+        nbytes: of a record.
+        group_size: inputs of a group.
+        has_offsets: whether a record holds offsets, too.
+    """
+
+    nbytes: int
+    group_size: int
+    has_offsets: bool
+
+
+RECORDS = tuple(Records(*kind) for kind in _C.record_kinds())
+
+
 @dataclass
 class Int4Weight:
     """Codes with scales and offsets per group of inputs; N outputs, K inputs, G = ceil(K / group_size)
@@ -39,22 +57,24 @@ class Int4Weight:
     Products and sums are single fp32 operations, so that a float weight that lies on such a grid comes back
     bit by bit.
 
-    Scales and offsets may have two levels, as those of GGUF's Q4_K: `scales` and `offsets` are then shared by eight
-    groups, and `multipliers` say how many times the one and the other each group takes; these products are exact.
+    Scales, and offsets, may have two levels, as those of GGUF's Q4_K and Q6_K: `scales` and `offsets` are then shared
+    by 256 inputs, and `multipliers` say how many times the one and the other each group takes; these products are
+    exact.
 
     Attributes:
         codes: uint8 `[N, K]`, 0..2^bits - 1.
         scales: fp32, fp16 or bf16 `[N, G]`; a scale may be negative or zero. Or uint8: 2^(scale - 127), the shared
             exponents (E8M0) of MXFP4, which is the code book "fp4" with such scales and groups of 32.
-            With multipliers: fp16 `[N, G / 8]`.
+            With multipliers: fp16 `[N, K / 256]`.
         zeros: uint8 `[N, G]` integer zero points, or None.
         offsets: shaped and typed as the scales, the weight of code 0, or None.
             With neither, the weight is symmetric: the zero point is 2^(bits - 1).
-        multipliers: uint8 `[N, G, 2]`, of the scale and of the offset of each group, or None. They need offsets, groups
-            of 32, and K to be a multiple of 256.
+        multipliers: uint8 `[N, G, 2]`, of the scale and of the offset of each group, where there are offsets;
+            int8 `[N, G]`, of the scale, where there are none; or None. K must be a multiple of 256, and groups have 32
+            inputs, or 16 (without offsets).
         perm: int64 `[K]` or None. Column k of the codes belongs to column `perm[k]` of the input.
         group_size: inputs per group along the columns of the codes, or -1 for one group per row.
-        bits: 4 or 8.
+        bits: 4, 5, 6 (with multipliers and groups of 16) or 8.
         codebook: None, or the name of 16 values that 4-bit codes point to: "nf4" (QLoRA, arXiv 2305.14314), "fp4"
             (E2M1 of the OCP Microscaling formats), "bnb_fp4" (what bitsandbytes calls FP4) or "iq4_nl" (the integers
             of GGUF's IQ4_NL and IQ4_XS).
@@ -93,6 +113,14 @@ class Int4Weight:
     def groups(self) -> int:
         """Groups of a row, G."""
         return 1 if self.group_size == -1 else -(-self.in_features // self.group_size)
+
+    @property
+    def records(self) -> Records | None:
+        """The kind of records that scales of two levels become when they are packed; None of others."""
+        if self.multipliers is None:
+            return None
+        wanted = (self.group_size, self.offsets is not None)
+        return next((kind for kind in RECORDS if kind[1:] == wanted), None)
 
     @property
     def bits_per_weight(self) -> float:
@@ -138,7 +166,8 @@ class Int4Weight:
     def group_scales(self) -> Tensor:
         """fp32 `[N, G]`, the scale of each group."""
         if self.multipliers is not None:
-            return _two_levels(self.scales, self.multipliers[..., 0])
+            own = self.multipliers if self.offsets is None else self.multipliers[..., 0]
+            return _two_levels(self.scales, own)
         if self.scales.dtype != torch.uint8:
             return self.scales.float()
         exponents = self.scales.int()
@@ -153,7 +182,7 @@ class Int4Weight:
     @property
     def _shared_shape(self) -> tuple[int, int]:
         """The shape of scales and offsets."""
-        return self.out_features, self.groups if self.multipliers is None else self.groups // RECORD_GROUPS
+        return self.out_features, self.groups if self.multipliers is None else self.in_features // RECORD_INPUTS
 
     def _check_type(self, name: str) -> None:
         if self.bits not in types.BITS:
@@ -182,16 +211,15 @@ class Int4Weight:
     def _check_multipliers(self, name: str) -> None:
         if self.multipliers is None:
             return
-        size, inputs = _C.SLAB, RECORD_GROUPS * _C.SLAB
-        if self.group_size != size or self.in_features % inputs:
+        if self.records is None or self.in_features % RECORD_INPUTS:
             raise Int4Error(
-                f"{name}: multipliers need groups of {size} inputs and a multiple of {inputs} inputs, and these are "
-                f"{self.in_features} in groups of {self.group_size}"
+                f"{name}: multipliers need groups of 32 inputs, or of 16 without offsets, and a multiple of "
+                f"{RECORD_INPUTS} inputs, and these are {self.in_features} in groups of {self.group_size}"
             )
-        if self.offsets is None or self.codebook is not None:
-            raise Int4Error(f"{name}: multipliers need offsets, and no codebook")
-        shape = (self.out_features, self.groups, 2)
-        _check(name, "multipliers", self.multipliers, (torch.uint8,), shape, self.codes.device)
+        pairs = self.records.has_offsets
+        shape = (self.out_features, self.groups, 2) if pairs else (self.out_features, self.groups)
+        dtype = torch.uint8 if pairs else torch.int8
+        _check(name, "multipliers", self.multipliers, (dtype,), shape, self.codes.device)
 
     def _check_offsets(self, name: str) -> None:
         if self.zeros is not None and self.offsets is not None:
@@ -223,7 +251,7 @@ class Int4Weight:
 
 
 def _two_levels(shared: Tensor, multipliers: Tensor) -> Tensor:
-    return shared.float().repeat_interleave(RECORD_GROUPS, 1) * multipliers
+    return shared.float().repeat_interleave(multipliers.shape[1] // shared.shape[1], 1) * multipliers
 
 
 def _check(

@@ -1,4 +1,4 @@
-"""Two codes of 4 bits in a byte, taken apart and put together."""
+"""Codes in files: two of 4 bits in a byte, and apart from them the bits above of codes of 5 and 6."""
 
 from __future__ import annotations
 
@@ -28,10 +28,38 @@ def join(codes: Tensor) -> Tensor:
 
 
 def stored(codes: Tensor, bits: int) -> Tensor:
-    """Codes uint8 `[N, K]` as files hold them: two in a byte (`join`) where they have 4 bits."""
-    return join(codes) if bits == 4 else codes
+    """Codes uint8 `[N, K]` as files hold them, uint8 `[N, stored_columns(bits, K)]`.
+
+    Those of 4 bits are two in a byte (`join`); of 5 and 6 bits the low 4 are stored so, and behind them the higher
+    ones, as many codes in a byte as fit, the first one in its lowest bits. Codes of 8 bits are stored as they are.
+    """
+    if bits == 8:
+        return codes
+    low, high = join(codes & 15), bits - 4
+    if not high:
+        return low
+    padded = torch.nn.functional.pad(codes >> 4, (0, -codes.shape[-1] % (8 // high))).unflatten(-1, (-1, 8 // high))
+    above = (padded << _shifts(high)).sum(-1, dtype=torch.uint8)
+    return torch.cat((low, above), dim=-1)
+
+
+def stored_columns(bits: int, columns: int) -> int:
+    """Bytes of a row of so many codes."""
+    if bits == 8:
+        return columns
+    return -(-columns // 2) + -(-columns * (bits - 4) // 8)
 
 
 def restored(values: Tensor, bits: int, columns: int) -> Tensor:
     """The codes uint8 `[N, columns]` of what `stored` made of them."""
-    return split(values)[:, :columns].contiguous() if bits == 4 else values
+    if bits == 8:
+        return values
+    low, high = split(values[:, : -(-columns // 2)])[:, :columns], bits - 4
+    if not high:
+        return low.contiguous()
+    above = (values[:, -(-columns // 2) :, None] >> _shifts(high)) & ((1 << high) - 1)
+    return low | (above.flatten(1)[:, :columns] << 4)
+
+
+def _shifts(bits: int) -> Tensor:
+    return torch.arange(0, 8, bits, dtype=torch.uint8)

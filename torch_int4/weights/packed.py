@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_int4 import _C
 from torch_int4.errors import Int4Error
 from torch_int4.weights import types
-from torch_int4.weights.canonical import Int4Weight
+from torch_int4.weights.canonical import RECORD_INPUTS, RECORDS, Int4Weight, Records
 
 FIELDS = ("packed", "packed_scales", "packed_offsets", "perm")  # of modules that hold the tensors, and of files
 SCALE_DTYPES = (torch.float16, torch.float32, torch.uint8)
@@ -22,8 +22,8 @@ Memory = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 def codes_shape(out_features: int, in_features: int, weight_type: str) -> tuple[int, int, int]:
     """(panels, lines, bytes of a line) of the packed codes of a weight."""
-    lines = _padded(in_features) // types.named(weight_type).line_inputs
-    return -(-out_features // _C.PANEL_ROWS), lines, _C.LINE_BYTES
+    panel_bytes = _padded(in_features) // _C.SLAB * types.named(weight_type).slab_bytes
+    return -(-out_features // _C.PANEL_ROWS), panel_bytes // _C.LINE_BYTES, _C.LINE_BYTES
 
 
 def stream_shape(out_features: int, in_features: int, group_size: int) -> tuple[int, int, int]:
@@ -31,14 +31,16 @@ def stream_shape(out_features: int, in_features: int, group_size: int) -> tuple[
     return -(-out_features // _C.PANEL_ROWS), groups_of(in_features, group_size), _C.PANEL_ROWS
 
 
-def records_shape(out_features: int, in_features: int) -> tuple[int, int, int]:
-    """(panels, records, bytes of a record) of packed scales that have two levels, and hold the offsets."""
-    return -(-out_features // _C.PANEL_ROWS), in_features // (_C.RECORD_GROUPS * _C.SLAB), _C.RECORD_BYTES
+def records_shape(out_features: int, in_features: int, kind: Records) -> tuple[int, int, int]:
+    """(panels, records, bytes of a record) of packed scales that have two levels."""
+    return -(-out_features // _C.PANEL_ROWS), in_features // RECORD_INPUTS, kind.nbytes
 
 
-def are_records(scales: Tensor) -> bool:
-    """Whether packed scales are such records."""
-    return scales.dtype == torch.uint8 and scales.dim() == 3 and scales.shape[2] == _C.RECORD_BYTES
+def records_of(scales: Tensor) -> Records | None:
+    """The kind of such scales; None of others."""
+    if scales.dtype != torch.uint8 or scales.dim() != 3:
+        return None
+    return next((kind for kind in RECORDS if kind.nbytes == scales.shape[2]), None)
 
 
 def groups_of(in_features: int, group_size: int) -> int:
@@ -58,7 +60,7 @@ class PackedWeight:
     Attributes:
         packed: uint8 `[panels, lines, 64]`, the codes of 16 rows in each panel.
         scales: float16, float32 or uint8 (powers of two, E8M0) `[panels, groups, 16]`; or, of two levels, uint8
-            `[panels, groups / 8, 320]`, records that hold the offsets too (`TwoLevels` in kernel.h).
+            `[panels, K / 256, bytes of a record]`, see `RECORDS`.
         offsets: uint8 zero points or floats of the scales' type, shaped as they are; None for a symmetric weight, and
             where the scales hold them.
         perm: int64 `[K]` or None. Column k of the codes belongs to column `perm[k]` of the input.
@@ -102,8 +104,8 @@ class PackedWeight:
         else:
             stream, added = stream_shape(rows, inputs, size), weight.zeros if offsets is None else offsets
             packed = memory(codes_shape(rows, inputs, name), torch.uint8)
-            if multipliers is not None:
-                scales, offsets = memory(records_shape(rows, inputs), torch.uint8), None
+            if weight.records is not None:
+                scales, offsets = memory(records_shape(rows, inputs, weight.records), torch.uint8), None
             else:
                 scales = memory(stream, scales.dtype)
                 offsets = None if added is None else memory(stream, added.dtype)
@@ -119,7 +121,8 @@ class PackedWeight:
     def offset_kind(self) -> str | None:
         """None of a symmetric weight, "integer" of one with zero points, or "float"."""
         if self.offsets is None:
-            return "float" if are_records(self.scales) else None
+            records = records_of(self.scales)
+            return "float" if records is not None and records.has_offsets else None
         return "integer" if self.offsets.dtype == torch.uint8 else "float"
 
     @property
@@ -139,11 +142,11 @@ class PackedWeight:
         """
         stream = stream_shape(self.out_features, self.in_features, self.group_size)
         codes = codes_shape(self.out_features, self.in_features, self.weight_type)
-        two_levels = isinstance(self.scales, Tensor) and are_records(self.scales)
+        records = records_of(self.scales) if isinstance(self.scales, Tensor) else None
         wanted = (
             ((torch.uint8,), codes),
-            ((torch.uint8,), records_shape(self.out_features, self.in_features))
-            if two_levels
+            ((torch.uint8,), records_shape(self.out_features, self.in_features, records))
+            if records is not None
             else (SCALE_DTYPES, stream),
             (OFFSET_DTYPES, stream),
             ((torch.int64,), (self.in_features,)),
@@ -168,7 +171,7 @@ class PackedWeight:
             weight_type=self.weight_type,
         )
         kind, multipliers = self.offset_kind, None
-        if are_records(self.scales):
+        if records_of(self.scales) is not None:
             multipliers = torch.ops.torch_int4.unpack_multipliers(
                 self.scales, out_features=self.out_features, in_features=self.in_features
             )
@@ -199,13 +202,8 @@ class PackedWeight:
         )
 
     def shares_input_with(self, other: PackedWeight) -> bool:
-        """Whether one input, in the one form that it is quantized to, serves both."""
-        return (
-            self.in_features == other.in_features
-            and self.group_size == other.group_size
-            and self.weight_type == other.weight_type
-            and _same(self.perm, other.perm)
-        )
+        """Whether both take the same input, its features in the same order."""
+        return self.in_features == other.in_features and _same(self.perm, other.perm)
 
     def replaceable_by(self, weight: Int4Weight) -> bool:
         """Whether a canonical weight has the shape, groups, type and permutation of this one."""

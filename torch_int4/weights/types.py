@@ -21,14 +21,14 @@ class WeightType:
     Attributes:
         name: by which operators and files choose it.
         bits: of a code.
-        line_inputs: inputs that a packed line of 64 bytes holds, of 16 rows.
+        slab_bytes: bytes of 32 inputs of 16 rows, packed.
         zero: the zero point of a weight without zeros or offsets; None with a code book.
         book: the values of the codes, or None.
     """
 
     name: str
     bits: int
-    line_inputs: int
+    slab_bytes: int
     zero: int | None
     book: tuple[float, ...] | None
 

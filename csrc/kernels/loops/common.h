@@ -5,31 +5,76 @@ namespace torch_int4 {
 namespace {
 
 // The place where an inner product reads its weights: packed lines, or the numbers that unpack() made of them in L1.
-enum class Source { kInt4Lines, kInt8Lines, kBookLines, kUnpacked4, kUnpacked8 };
+enum class Source { kInt4Lines, kInt8Lines, kBookLines, kInt5Lines, kInt6Lines, kUnpacked4, kUnpacked8 };
 
 constexpr Source packed_source(WeightType type) {
   return type == WeightType::kInt4   ? Source::kInt4Lines
          : type == WeightType::kInt8 ? Source::kInt8Lines
+         : type == WeightType::kInt5 ? Source::kInt5Lines
+         : type == WeightType::kInt6 ? Source::kInt6Lines
                                      : Source::kBookLines;
 }
-constexpr Source unpacked_source(WeightType type) { return is_wide(type) ? Source::kUnpacked8 : Source::kUnpacked4; }
+constexpr Source unpacked_source(WeightType type) { return is_nibble(type) ? Source::kUnpacked4 : Source::kUnpacked8; }
 
-// Base of vectors without dpbusd, which multiply 8-bit codes as magnitudes, and activations that carry the signs.
+// The type of codes whose low and high bits have lines of their own; of other lines, kInt4.
+constexpr WeightType split_type(Source source) {
+  return source == Source::kInt5Lines   ? WeightType::kInt5
+         : source == Source::kInt6Lines ? WeightType::kInt6
+                                        : WeightType::kInt4;
+}
+constexpr bool is_split(Source source) { return high_bits(split_type(source)) > 0; }
+
+// Base of vectors without dpbusd, which multiply codes of more than 4 bits as magnitudes, and activations that carry
+// the signs.
 struct SignedPlanes {
-  static constexpr int kCentre8 = 128;
   static constexpr int kPlane = kSlab * kPanelRows;  // bytes
 
-  // For tiles int4 becomes one byte per weight, 8-bit codes the plane of their values and that of their magnitudes.
+  // The number that products take from every code.
+  static constexpr int taken(WeightType type) { return is_nibble(type) ? 0 : zero_point(type); }
+
+  // For tiles int4 becomes one byte per weight, other codes the plane of their values and that of their magnitudes.
   template <WeightType T>
   static constexpr int unpacked_bytes() {
-    return kPlane * (is_wide(T) ? 2 : 1);
+    return kPlane * (is_nibble(T) ? 1 : 2);
   }
 };
 
+// Base of vectors with dpbusd, which multiplies codes as they are.
+struct UnsignedCodes {
+  static constexpr int taken(WeightType) { return 0; }
+
+  // Int8 lines are what dpbusd reads: they stay where they are.
+  template <WeightType T>
+  static constexpr int unpacked_bytes() {
+    return code_bits(T) == 8 ? 0 : kSlab * kPanelRows;
+  }
+};
+
+// The bits above the low ones of the four inputs of quad j, in place, from their lines behind those of the low bits.
+template <class V, Source S>
+TI4_INLINE typename V::Bytes high_part(const uint8_t* slab, int j, int offset) {
+  constexpr WeightType T = split_type(S);
+  constexpr int kBits = high_bits(T), kQuads = high_quads(T), kMask = ((1 << kBits) - 1) << low_bits(T);
+  const auto line = V::load_bytes(slab + low_bytes(T) + j / kQuads * kLineBytes + offset);
+  const int by = low_bits(T) - j % kQuads * kBits;  // to the left
+  return V::masked_bytes(by < 0 ? V::shift_bits_right(line, -by) : V::shift_bits_left(line, by), kMask);
+}
+
 constexpr int largest_power_of_two(int n) { return n < 2 ? n : 2 * largest_power_of_two(n / 2); }
 
-constexpr int kStreams = 2;     // panels, far apart, that few rows read at once
-constexpr int kRowBlock = 128;  // rows of x per pass over a panel: they fit L2, their sums (8 KiB) fit L1
+// body(type, offset), tags of those of w, for which loops exist: operators refuse others.
+template <class Body>
+TI4_INLINE void with_loops(const PackedWeight& w, Body body) {
+  with_type(w.type, [&](auto type) {
+    with_offset(w.offset, [&](auto offset) {
+      if constexpr (are_served(type, offset)) body(type, offset);
+    });
+  });
+}
+
+constexpr int kQuads = kSlab / 4;  // of a slab
+constexpr int kStreams = 2;        // panels, far apart, that few rows read at once
+constexpr int kRowBlock = 128;     // rows of x per pass over a panel: they fit L2, their sums (8 KiB) fit L1
 
 // Rounds y to the type of the output and adds the residual.
 template <class V>
@@ -109,10 +154,19 @@ TI4_INLINE typename V::F load_parameters(const void* p, ScaleType type, int64_t 
 template <class V>
 TI4_INLINE void load_two_levels(const void* records, int64_t i, typename V::F& scale, typename V::F& offset) {
   const uint64_t group = uint64_t(i) / kPanelRows;
-  const TwoLevels& at = static_cast<const TwoLevels*>(records)[group / kRecordGroups];
-  const auto& multipliers = at.multipliers[group % kRecordGroups];
+  const TwoLevels& at = static_cast<const TwoLevels*>(records)[group / TwoLevels::kGroups];
+  const auto& multipliers = at.multipliers[group % TwoLevels::kGroups];
   scale = V::mul(V::load_as(at.scale, DType::kF16), V::to_float(V::load_u8(multipliers[0])));
   offset = V::mul(V::load_as(at.offset, DType::kF16), V::to_float(V::load_u8(multipliers[1])));
+}
+
+// 16 scales of two levels, from element i on.
+template <class V, int kInputs>
+TI4_INLINE typename V::F load_two_level_scale(const void* records, int64_t i) {
+  using Record = TwoLevelScales<kInputs>;
+  const uint64_t group = uint64_t(i) / kPanelRows;
+  const Record& at = static_cast<const Record*>(records)[group / Record::kGroups];
+  return V::mul(V::load_as(at.scale, DType::kF16), V::load_int8(at.multipliers[group % Record::kGroups]));
 }
 
 // One block of inputs of a panel, in integers, and its way into the sums of floats.
@@ -120,6 +174,8 @@ template <class V, WeightType T, Offset O>
 struct Int8Block {
   using F = typename V::F;
   using I = typename V::I;
+
+  static constexpr bool kHalves = O == Offset::kTwoLevelHalves;  // blocks are half a slab long
 
   struct Group {
     F scale, offset;
@@ -132,7 +188,9 @@ struct Int8Block {
       load_two_levels<V>(w.scales, i, g.scale, g.offset);
       return g;
     }
-    g.scale = load_parameters<V>(w.scales, type, i);
+    if constexpr (O == Offset::kTwoLevelScale) g.scale = load_two_level_scale<V, kSlab>(w.scales, i);
+    else if constexpr (kHalves) g.scale = load_two_level_scale<V, kHalf>(w.scales, i);
+    else g.scale = load_parameters<V>(w.scales, type, i);
     if constexpr (T == WeightType::kBook) g.scale = V::mul(g.scale, V::set(w.book->step));
     if constexpr (O == Offset::kInteger) g.offset = V::to_float(V::load_u8(static_cast<const uint8_t*>(w.offsets) + i));
     if constexpr (O == Offset::kFloat) g.offset = load_parameters<V>(w.offsets, type, i);
@@ -141,8 +199,8 @@ struct Int8Block {
 
   // Of block i of the rows, counted over all of them.
   static TI4_INLINE I start(const QuantizedRows& a, int64_t i) {
-    constexpr int kZero = O != Offset::kSymmetric ? 0 : zero_point(T);
-    constexpr int kTaken = is_wide(T) ? V::kCentre8 : 0;  // from every code, by the products
+    constexpr int kZero = takes_zero_point(O) ? zero_point(T) : 0;
+    constexpr int kTaken = V::taken(T);  // from every code, by the products
     return V::set_int(kTaken == kZero ? 0 : (kTaken - kZero) * a.sums[i]);
   }
 

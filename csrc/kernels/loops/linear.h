@@ -1,14 +1,15 @@
 // The loops that every vector kernel shares, written once over a type V of 16-lane vectors and inner products.
 // Include it inside the file's target region, after every other header; all of it has internal linkage.
 //
-// V supplies: F and I (16 floats, 16 int32) with load/store/arithmetic; dot32<Source, P, M>, the inner products of 32
-// inputs of P panels with M rows; unpack<WeightType> and unpacked_bytes<WeightType> (0: tiles read the packed lines);
-// kTileRows, kDirectRows, kDirectRows8 (of 8-bit codes), kFloatRows (rows of the register tiles); kTileWidth (panels of
+// V supplies: F and I (16 floats, 16 int32) with load/store/arithmetic; Bytes, a register of bytes, with masks and
+// shifts; dot<Source, first, last>, the inner products of the quads from first to last of the 8 (32 inputs) of a slab of
+// P panels with M rows; unpack<WeightType> and unpacked_bytes<WeightType> (0: tiles read the packed lines);
+// taken(type), what dot takes from every code; kTileRows, kDirectRows, kDirectRows8 (of more than 4 bits), kFloatRows (rows of the register tiles); kTileWidth (panels of
 // a tile of many rows, which share the load of an input: a power of two); kPassRows (a multiple of the tiles' rows:
 // rows that sweep over a block before the next is unpacked);
 // kDirectLimit (more rows than this are tiled);
 // kTurnSums (panels times rows, of two at most, whose lines are read in turns; a divisor or multiple of the streams);
-// kRowStreams (panels, far apart, that one row reads at once); kCentre8 (what dot32 takes from every code of 8 bits);
+// kRowStreams (panels, far apart, that one row reads at once);
 // kOneSlab (whether blocks of one slab, as groups of 32 have them, get loops of their own, and twice the limit).
 #pragma once
 #include "kernels/loops/common.h"
@@ -48,10 +49,10 @@ struct Int8Loops : Int8Block<V, T, O> {
     if constexpr (V::kOneSlab) TI4_BARRIER();
   }
 
-  // One block of Q panels, of kSlabs slabs or, where that is 0, of `inputs`; their codes are left behind it. Panels
-  // that are read in turns, line by line, share each input's broadcast, keep as many reads under way, and none waits
-  // for its own last sum.
-  template <int M, int kSlabs, int Q>
+  // One block of Q panels, of kSlabs slabs or, where that is 0, of `inputs`, or the quads [kFirst, kLast) of one; their
+  // codes are left behind it. Panels that are read in turns, line by line, share each input's broadcast, keep as many
+  // reads under way, and none waits for its own last sum.
+  template <int M, int kSlabs, int kFirst, int kLast, int Q>
   static TI4_INLINE void direct_block(F (&acc)[Q][M], const uint8_t* (&codes)[Q], const PackedWeight& w,
                                       const QuantizedRows& a, const int8_t* x, int64_t inputs, int64_t i,
                                       const int64_t (&first)[Q], int64_t parameter) {
@@ -64,7 +65,8 @@ struct Int8Loops : Int8Block<V, T, O> {
     for (int64_t k = 0; k < (kSlabs ? kSlabs * kSlab : inputs); k += kSlab, x += a.rows * kSlab) {
       if constexpr (M > 2)
         Block::prefetch_slab(codes[0]);  // fewer rows leave the processor time to look ahead by itself
-      V::template dot32<packed_source(T)>(dot, codes, x, w.book);
+      V::template dot<packed_source(T), kFirst, kLast>(dot, codes, x, w.book);
+      if constexpr (kLast < kQuads) continue;  // the next half of the slab comes from the same lines
 #pragma GCC unroll 8
       for (int q = 0; q < Q; ++q) codes[q] += slab_bytes(T);
     }
@@ -92,16 +94,29 @@ struct Int8Loops : Int8Block<V, T, O> {
       for (int m = 0; m < M; ++m) acc[p / Q][p % Q][m] = V::zero();
     }
     const int8_t* x = a.codes + row * kSlab;
-    const int64_t per_group = w.blocks_per_group();
-    int64_t parameter = 0, in_group = 0;
-    for (int64_t b = 0; b < w.blocks; ++b) {
-      const int64_t inputs = kSlabs ? kSlabs * kSlab : smaller(w.block, w.padded_inputs - b * w.block);
+    [[maybe_unused]] const int64_t per_group = w.blocks_per_group();
+    [[maybe_unused]] int64_t parameter = 0, in_group = 0;
+    if constexpr (Block::kHalves) {
+      constexpr int kMiddle = kQuads / 2;
+      for (int64_t i = row; i < w.blocks * a.rows; i += 2 * a.rows, parameter += 2 * kPanelRows, x += kSlab * a.rows) {
 #pragma GCC unroll 8
-      for (int p = 0; p < P; p += Q) {
-        direct_block<M, kSlabs>(acc[p / Q], codes[p / Q], w, a, x, inputs, b * a.rows + row, first[p / Q], parameter);
+        for (int p = 0; p < P; p += Q) {
+          direct_block<M, 1, 0, kMiddle>(acc[p / Q], codes[p / Q], w, a, x, 0, i, first[p / Q], parameter);
+          direct_block<M, 1, kMiddle, kQuads>(acc[p / Q], codes[p / Q], w, a, x, 0, i + a.rows, first[p / Q],
+                                              parameter + kPanelRows);
+        }
       }
-      x += inputs * a.rows;
-      if (++in_group == per_group) in_group = 0, parameter += kPanelRows;
+    } else {
+      for (int64_t b = 0; b < w.blocks; ++b) {
+        const int64_t inputs = kSlabs ? kSlabs * kSlab : smaller(w.block, w.padded_inputs - b * w.block);
+#pragma GCC unroll 8
+        for (int p = 0; p < P; p += Q) {
+          direct_block<M, kSlabs, 0, kQuads>(acc[p / Q], codes[p / Q], w, a, x, inputs, b * a.rows + row, first[p / Q],
+                                             parameter);
+        }
+        x += inputs * a.rows;
+        if (++in_group == per_group) in_group = 0, parameter += kPanelRows;
+      }
     }
     alignas(64) float c[M * kPanelRows];
     for (int p = 0; p < P; ++p) {
@@ -114,7 +129,7 @@ struct Int8Loops : Int8Block<V, T, O> {
   template <int M, int P>
   static __attribute__((noinline)) void direct_pass(const PackedWeight& w, const QuantizedRows& a, int64_t row,
                                                     int64_t panel, int64_t apart, const Output& out) {
-    if constexpr (V::kOneSlab) {
+    if constexpr (V::kOneSlab && !Block::kHalves) {
       if (w.block == kSlab) return direct_panels<M, P, 1>(w, a, row, panel, apart, out);
     }
     direct_panels<M, P>(w, a, row, panel, apart, out);
@@ -134,7 +149,10 @@ struct Int8Loops : Int8Block<V, T, O> {
   template <int P>
   static TI4_INLINE void direct_passes(const PackedWeight& w, const QuantizedRows& a, int64_t panel, int64_t apart,
                                        const Output& out) {
-    constexpr int M = is_wide(T) ? V::kDirectRows8 : V::kDirectRows;
+    constexpr int kMost = is_nibble(T) ? V::kDirectRows : V::kDirectRows8;
+    // Codes in two parts need registers, and blocks that end twice in a slab: more rows would spill their sums.
+    constexpr int kFewer = kMost > 4 ? (kMost + 1) / 2 : 2;  // two rows may be the terms of one
+    constexpr int M = high_bits(T) || Block::kHalves ? kFewer : kMost;
     const int64_t most = M / out.terms, rows = a.rows / out.terms;
     int64_t passes = (rows + most - 1) / most;
     for (int64_t row = 0; passes > 0; --passes) {
@@ -163,21 +181,10 @@ struct Int8Loops : Int8Block<V, T, O> {
   }
 };
 
-template <class V, WeightType T>
-void loops_linear_typed(const PackedWeight& w, const QuantizedRows& a, int64_t first, int64_t last, int streams,
-                        const Output& out) {
-  if (w.offset == Offset::kSymmetric) Int8Loops<V, T, Offset::kSymmetric>::run(w, a, first, last, streams, out);
-  else if (w.offset == Offset::kInteger) Int8Loops<V, T, Offset::kInteger>::run(w, a, first, last, streams, out);
-  else if (w.offset == Offset::kFloat) Int8Loops<V, T, Offset::kFloat>::run(w, a, first, last, streams, out);
-  else Int8Loops<V, T, Offset::kTwoLevel>::run(w, a, first, last, streams, out);
-}
-
 template <class V>
 void loops_linear_int8(const PackedWeight& w, const QuantizedRows& a, int64_t first, int64_t last, int streams,
                        const Output& out) {
-  if (w.type == WeightType::kInt4) return loops_linear_typed<V, WeightType::kInt4>(w, a, first, last, streams, out);
-  if (w.type == WeightType::kInt8) return loops_linear_typed<V, WeightType::kInt8>(w, a, first, last, streams, out);
-  Int8Loops<V, WeightType::kBook, Offset::kSymmetric>::run(w, a, first, last, streams, out);
+  with_loops(w, [&](auto type, auto offset) { Int8Loops<V, type, offset>::run(w, a, first, last, streams, out); });
 }
 
 }  // namespace

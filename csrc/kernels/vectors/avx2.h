@@ -112,6 +112,13 @@ struct Avx2Vectors {
     _mm256_storeu_si256(static_cast<__m256i*>(p), halves);
   }
 
+  // Bytes are shifted as parts of larger numbers: masks take away what came from their neighbours.
+  using Bytes = __m256i;
+  TI4_V Bytes load_bytes(const uint8_t* p) { return load256(p); }
+  TI4_V Bytes shift_bits_left(Bytes x, int n) { return _mm256_slli_epi32(x, n); }
+  TI4_V Bytes shift_bits_right(Bytes x, int n) { return _mm256_srli_epi32(x, n); }
+  TI4_V Bytes masked_bytes(Bytes x, int mask) { return _mm256_and_si256(x, _mm256_set1_epi8(char(mask))); }
+
   TI4_V void store256(uint8_t* p, __m256i x) { _mm256_store_si256(reinterpret_cast<__m256i*>(p), x); }
   TI4_V __m256i low_nibbles(__m256i x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
   // The 4 activations at x in every lane.

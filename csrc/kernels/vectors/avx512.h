@@ -41,6 +41,13 @@ struct Avx512Vectors {
     return _mm512_set1_epi32(quad);
   }
 
+  // Bytes are shifted as parts of larger numbers: masks take away what came from their neighbours.
+  using Bytes = __m512i;
+  TI4_V Bytes load_bytes(const uint8_t* p) { return load_int(p); }
+  TI4_V Bytes shift_bits_left(Bytes x, int n) { return shift_left(x, n); }
+  TI4_V Bytes shift_bits_right(Bytes x, int n) { return shift_right(x, n); }
+  TI4_V Bytes masked_bytes(Bytes x, int mask) { return _mm512_and_si512(x, _mm512_set1_epi8(char(mask))); }
+
   // 64 nibbles (0..15, one per byte) through a table of 16 bytes.
   TI4_V I lookup_bytes(const void* table, I nibbles) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));

@@ -7,23 +7,18 @@
 namespace torch_int4 {
 namespace {
 
-struct Avx512Vnni : Avx512Vectors {
+struct Avx512Vnni : Avx512Vectors, UnsignedCodes {
   static constexpr int kTileRows = 6, kTileWidth = 4, kPassRows = 132, kDirectRows = 8, kDirectRows8 = 8,
                        kDirectLimit = 16, kFloatRows = 14, kTurnSums = 8;
-  static constexpr int kRowStreams = kStreams, kCentre8 = 0;
+  static constexpr int kRowStreams = kStreams;
   static constexpr bool kOneSlab = false;
-
-  // Int8 lines are what dpbusd reads: they stay where they are.
-  template <WeightType T>
-  static constexpr int unpacked_bytes() {
-    return code_bits(T) == 8 ? 0 : kSlab * kPanelRows;
-  }
 
   template <Source S>
   static TI4_INLINE __m512i load_codes(const uint8_t* w, int j, const Codebook* book) {
-    if constexpr (S == Source::kInt4Lines || S == Source::kBookLines) {
+    if constexpr (S == Source::kInt4Lines || S == Source::kBookLines || is_split(S)) {
       const __m512i line = _mm512_loadu_si512(w + j / 2 * kLineBytes);
       const __m512i nibbles = j % 2 ? high_nibbles(line) : low_nibbles(line);
+      if constexpr (is_split(S)) return _mm512_or_si512(nibbles, high_part<Avx512Vnni, S>(w, j, 0));
       return S == Source::kBookLines ? lookup_bytes(book->codes, nibbles) : nibbles;
     } else {
       return _mm512_loadu_si512(w + j * kLineBytes);
@@ -47,11 +42,11 @@ struct Avx512Vnni : Avx512Vectors {
   }
   static TI4_INLINE I dot4(I sum, I codes, const int8_t* x) { return _mm512_dpbusd_epi32(sum, codes, spread_quad(x)); }
 
-  template <Source S, int P, int M>
-  static TI4_INLINE void dot32(I (&dot)[P][M], const uint8_t* const (&w)[P], const int8_t* x, const Codebook* book) {
-    if constexpr (S == Source::kInt4Lines && M == 1) return dot_nibbles<Avx512Vnni>(dot, w, x);
+  template <Source S, int kFirst, int kLast, int P, int M>
+  static TI4_INLINE void dot(I (&dot)[P][M], const uint8_t* const (&w)[P], const int8_t* x, const Codebook* book) {
+    if constexpr (S == Source::kInt4Lines && M == 1) return dot_nibbles<Avx512Vnni, kFirst, kLast>(dot, w, x);
 #pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) {
+    for (int j = kFirst; j < kLast; ++j) {
       __m512i codes[P];
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) codes[p] = load_codes<S>(w[p], j, book);

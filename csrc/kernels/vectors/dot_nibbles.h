@@ -4,10 +4,10 @@
 namespace torch_int4 {
 namespace {
 
-// Adds the products of 32 inputs with P panels. V::dot4 adds those of four inputs to each of 16 sums.
+// Adds the products of the quads [kFirst, kLast) of a slab, which are even numbers, with P panels. V::dot4 adds those of four inputs to each of 16 sums.
 // High nibbles are multiplied where they stand, as 16 times what they mean, and their sums shifted once for all lines:
 // exact, as dpbusd never saturates, and each panel has two chains of sums that need not wait for each other.
-template <class V, int P>
+template <class V, int kFirst, int kLast, int P>
 TI4_INLINE void dot_nibbles(typename V::I (&dot)[P][1], const uint8_t* const (&w)[P], const int8_t* x) {
   using I = typename V::I;
   const I low_mask = V::set_int(0x0f0f0f0f), high_mask = V::set_int(int(0xf0f0f0f0u));
@@ -15,7 +15,7 @@ TI4_INLINE void dot_nibbles(typename V::I (&dot)[P][1], const uint8_t* const (&w
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p) high[p] = V::set_int(0);
 #pragma GCC unroll 4
-  for (int i = 0; i < kSlab; i += 8) {
+  for (int i = 4 * kFirst; i < 4 * kLast; i += 8) {
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) {
       const I line = V::load_line(w[p] + i / 8 * kLineBytes);

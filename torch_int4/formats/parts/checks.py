@@ -109,6 +109,17 @@ def groups_of(found: int, inputs: int, declared: int, *, mixed: bool, name: str)
     )
 
 
+def no_integer_grid(weight: Int4Weight) -> str | None:
+    """What keeps a weight from being codes of 4 or 8 bits, integer zero points and a scale for each group; or None."""
+    if weight.codebook is not None or weight.scales.dtype == torch.uint8:
+        return "has a code book"
+    if weight.offsets is not None:
+        return "has float offsets (zeros='float')"
+    if weight.multipliers is not None:
+        return "has scales of two levels"
+    return None if weight.bits in (4, 8) else f"has codes of {weight.bits} bits"
+
+
 def serve(weight: Int4Weight, name: str) -> Int4Weight:
     """The weight, validated, with groups that kernels can serve: large ones are cut, which changes no value.
 
@@ -120,7 +131,7 @@ def serve(weight: Int4Weight, name: str) -> Int4Weight:
     if size == -1 or size >= weight.in_features:
         weight.group_size = -1 if not is_group_size(size) else size
         return weight
-    if is_group_size(size):
+    if is_group_size(size) or weight.records is not None:
         return weight
     parts = next((p for p in range(2, size // 32 + 1) if size % p == 0 and is_group_size(size // p)), None)
     if parts is None:

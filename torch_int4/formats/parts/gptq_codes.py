@@ -79,11 +79,7 @@ def write(weight: Int4Weight, *, minus_one: bool, name: str) -> dict[str, Tensor
 
 def refuse_to_write(weight: Int4Weight, name: str, form: str) -> None:
     """Raise for what integer grids cannot express."""
-    reason = None
-    if weight.codebook is not None or weight.scales.dtype == torch.uint8:
-        reason = "has a code book"
-    elif weight.offsets is not None:
-        reason = "has float offsets (zeros='float')"
+    reason = _checks.no_integer_grid(weight)
     if reason is not None:
         raise Int4Error(
             f"{name}: {reason}, which {form} files cannot express; quantize it with integer or symmetric zero points"
