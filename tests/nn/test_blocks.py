@@ -30,7 +30,19 @@ WHOLE = [name for name in BLOCKS if is_whole(name)]
 def test_families_that_are_fused():
     assert {"llama", "mistral", "qwen2", "qwen3", "ministral", "gemma", "gptj", "gpt_neox", "falcon"} <= set(WHOLE)
     assert {"starcoder2", "cohere", "cohere2", "ernie4_5", "phi", "smollm3", "stablelm"} <= set(WHOLE)
-    steps = {"cohere-norms", "exaone4", "phi-norms", "phi3", "gemma2", "gemma3_text", "olmo2", "olmo3", "glm", "glm4", "granite"}
+    steps = {
+        "cohere-norms",
+        "exaone4",
+        "phi-norms",
+        "phi3",
+        "gemma2",
+        "gemma3_text",
+        "olmo2",
+        "olmo3",
+        "glm",
+        "glm4",
+        "granite",
+    }
     experts = {"mixtral", "phimoe", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "ernie4_5_moe"}
     assert set(BLOCKS) - set(WHOLE) == steps | experts | {"dots1", "flex_olmo", "glm4_moe-plain", "solar_open"}
 
