@@ -21,7 +21,16 @@ from torch_int4.support.forwards import cache_argument
 pytestmark = pytest.mark.oldest
 
 STACKED = ["gemma", "gpt_neox", "gpt_neox-serial", "llama", "llama-mha", "llama-odd", "mistral", "qwen2", "qwen3"]
-STACKED += ["cohere", "ernie4_5", "phi", "stablelm", "stablelm-parallel", "starcoder2"]
+STACKED += [
+    "cohere",
+    "ernie4_5",
+    "phi",
+    "qwen2_5_vl_text",
+    "qwen2_vl_text",
+    "stablelm",
+    "stablelm-parallel",
+    "starcoder2",
+]
 WINDOWS = ["cohere2", "cwm", "ministral", "qwen2-window", "smollm3"]  # ready to, but their layers are of two types
 
 
