@@ -13,6 +13,7 @@ pytest.importorskip("gguf", reason="the package gguf is not installed")
 from gguf_files import SIZES, gguf_name, write
 
 from torch_int4.formats.parts.gguf_file import open_gguf
+from torch_int4.hf import gguf
 from torch_int4.hf.gguf import from_gguf, take_over
 
 
@@ -136,6 +137,34 @@ def test_mixed_files_run_in_fused_layers_and_are_saved_as_they_are(mix, tmp_path
     again = torch_int4.from_pretrained(tmp_path / "saved", compute="fp32", kv_cache="fp32")
     assert torch.equal(logits(again), logits(model))
     assert again.torch_int4_report.bits_per_weight() == report.bits_per_weight()
+
+
+@pytest.mark.parametrize("name", [None, "LlamaForCausalLM", "AutoModelForCausalLM"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_direct_way_gives_the_model_that_transformers_expands(name, dtype, tied, tmp_path, monkeypatch):
+    import transformers
+
+    float_model = llama(**{**SIZES, "tied": tied})
+    if tied:
+        float_model.lm_head = None  # a file has the matrix once
+    path = write(tmp_path / "model.gguf", float_model, ["Q4_0", "Q8_0", "F16"])
+    kind = None if name is None else getattr(transformers, name)
+    options = {"model_class": kind, "dtype": dtype, "kv_cache": "fp32"}
+    with monkeypatch.context() as patched:
+        patched.setattr(gguf, "load_direct", lambda *args, **kwargs: None)
+        want = from_gguf(path, **options)
+    monkeypatch.setattr(gguf, "_expand", None)  # no weight is expanded as a whole
+    got = from_gguf(path, **options)
+    assert type(got) is type(want)
+    assert got.torch_int4_report.notices == want.torch_int4_report.notices
+    for (key, a), (other, b) in zip(got.state_dict().items(), want.state_dict().items(), strict=True):
+        assert key == other
+        assert a.dtype == b.dtype, key
+        assert torch.equal(a, b), key
+    assert torch.equal(logits(got), logits(want))
+    assert got.config.to_diff_dict() == want.config.to_diff_dict()
+    assert got.generation_config.to_diff_dict() == want.generation_config.to_diff_dict()
 
 
 def test_a_float_head_stays(tmp_path):

@@ -48,14 +48,11 @@ class Direct:
 
         config = transformers.CONFIG_MAPPING[self.settings["model_type"]].from_dict(self.settings)
         config.name_or_path = str(self.file.path.parent)
-        maker = (model_class or transformers.AutoModelForCausalLM).__dict__.get("from_config")
+        kind = model_class or transformers.AutoModelForCausalLM
+        make = getattr(kind, "from_config", None) or kind._from_config  # of Auto classes, and of others
         with init_empty_weights(include_buffers=False):
-            if maker is None and model_class is not None:
-                model = model_class._from_config(config, dtype=self.dtype)
-            else:
-                model = (model_class or transformers.AutoModelForCausalLM).from_config(config, dtype=self.dtype)
-        found: nn.Module = model.eval()
-        return found
+            model: nn.Module = make(config, dtype=self.dtype)
+        return model.eval()
 
     def fill(self, model: Any, *, head: bool) -> list[str] | None:
         """Give a model its values, and blocks to the linears whose types kernels have.
