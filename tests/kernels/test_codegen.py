@@ -75,7 +75,7 @@ def test_inner_loops_keep_their_accumulators_in_registers(listing: str) -> None:
                 continue  # a short tail, or dequantization
             tiles[vectors[1]] += not scales
             traffic = sum(bool(VECTOR_STACK.search(text)) for text in loop)
-            # Sums of blocks that end inside of a loop change places with the sums of floats; of halves of a slab, twice.
+            # Sums of blocks that end inside of a loop change places with the sums of floats; of half slabs, twice.
             halves = f"Offset){HALVES}" in name
             most = products * 3 // 4 if scales and halves else products // 2 if scales else products // 4
             assert traffic <= most, f"{name}: {traffic} stack accesses for {products} products"
