@@ -50,10 +50,10 @@ void ti4_one(const PackedWeight& w, const QuantizedRows& a, const Output& out) {
 void ti4_few(const PackedWeight& w, const QuantizedRows& a, const Output& out, const Block& block,
               const Tiles::Sums& sums) {{
   if constexpr ({V}::kDirectRows >= 4) Loops::direct_panels<4, 1>(w, a, 0, 0, 0, out);
-  else Tiles::tile<{V}::kTileWidth, 4>(block, a, a.codes, 0, sums);
+  else Tiles::tile<{V}::kTileWidth, 4, 0, kQuads>(block, a, a.codes, 0, sums);
 }}
 void ti4_tile(const Block& block, const QuantizedRows& a, const Tiles::Sums& sums) {{
-  Tiles::tile<{V}::kTileWidth, {V}::kTileRows>(block, a, a.codes, 0, sums);
+  Tiles::tile<{V}::kTileWidth, {V}::kTileRows, 0, kQuads>(block, a, a.codes, 0, sums);
 }}
 void ti4_float(const float* weights, int64_t n, const float* x, int64_t step, float* c) {{
   FloatLoops<{V}, WeightType::kInt4>::tile<{V}::kFloatRows>(weights, n, x, step, c);
