@@ -43,7 +43,7 @@ struct Avx512 : Avx512Vectors, SignedPlanes {
     const uint8_t* line = w + j * kLineBytes;
     if constexpr (S == Source::kUnpacked8) return {load_int(line), load_int(line + kPlane)};
     if constexpr (is_split(S)) {
-      const __m512i codes = _mm512_or_si512(load_nibbles<S>(w, j), high_part<Avx512, S>(w, j, 0));
+      const __m512i codes = _mm512_or_si512(load_nibbles<S>(w, j), (high_part<Avx512, S>(w, j, 0)));
       const __m512i centred = _mm512_sub_epi8(codes, _mm512_set1_epi8(zero_point(split_type(S))));
       return {centred, _mm512_abs_epi8(centred)};
     }

@@ -18,7 +18,7 @@ struct Avx512Vnni : Avx512Vectors, UnsignedCodes {
     if constexpr (S == Source::kInt4Lines || S == Source::kBookLines || is_split(S)) {
       const __m512i line = _mm512_loadu_si512(w + j / 2 * kLineBytes);
       const __m512i nibbles = j % 2 ? high_nibbles(line) : low_nibbles(line);
-      if constexpr (is_split(S)) return _mm512_or_si512(nibbles, high_part<Avx512Vnni, S>(w, j, 0));
+      if constexpr (is_split(S)) return _mm512_or_si512(nibbles, (high_part<Avx512Vnni, S>(w, j, 0)));
       return S == Source::kBookLines ? lookup_bytes(book->codes, nibbles) : nibbles;
     } else {
       return _mm512_loadu_si512(w + j * kLineBytes);
