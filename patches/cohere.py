@@ -4,6 +4,7 @@ import dataclasses
 
 from torch_int4.layouts.attention import AttentionLayout
 from torch_int4.layouts.family import Family
+from torch_int4.layouts.gguf import GgufLayout
 from torch_int4.layouts.layer import BlockLayout
 from torch_int4.layouts.scales import ScaleFold
 from torch_int4.patches import llama
@@ -35,3 +36,5 @@ FAMILY = Family(
         ScaleFold("mlp.up_proj", ("mlp.down_proj",)),
     ),
 )
+
+GGUF = GgufLayout("command-r", fields={"logit_scale": "logit_scale"})

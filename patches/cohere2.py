@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from torch_int4.layouts.gguf import GgufLayout
 from torch_int4.patches import cohere
 
 OTHER = dataclasses.replace(
@@ -21,3 +22,5 @@ FAMILY = dataclasses.replace(
     attention=(OTHER, ROTATED),
     blocks=(dataclasses.replace(LAYER, forwards=("1bdc37170ef75741", *LAYER.forwards[1:])),),
 )
+
+GGUF = GgufLayout("cohere2", fields={"logit_scale": "logit_scale"})

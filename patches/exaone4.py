@@ -4,6 +4,7 @@ that attend to everything have no rotation where others have a window."""
 import dataclasses
 
 from torch_int4.layouts.attention import AttentionLayout
+from torch_int4.layouts.gguf import GgufLayout
 from torch_int4.patches import llama, olmo2
 
 ROTATED = AttentionLayout(
@@ -29,3 +30,5 @@ FAMILY = dataclasses.replace(
     ),
     blocks=(LAYER,),
 )
+
+GGUF = GgufLayout("exaone4")

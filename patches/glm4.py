@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from torch_int4.layouts.gguf import GgufLayout
 from torch_int4.patches import glm
 
 LAYER = dataclasses.replace(
@@ -12,3 +13,5 @@ LAYER = dataclasses.replace(
 )
 
 FAMILY = dataclasses.replace(glm.FAMILY, blocks=(LAYER,))
+
+GGUF = GgufLayout("glm4")

@@ -4,6 +4,7 @@ layers."""
 import dataclasses
 
 from torch_int4.layouts.attention import AttentionLayout
+from torch_int4.layouts.gguf import GgufLayout
 from torch_int4.patches import llama, qwen2_moe
 
 ATTENTION = AttentionLayout(
@@ -15,3 +16,14 @@ ATTENTION = AttentionLayout(
 NORMED = dataclasses.replace(ATTENTION, norms=("q_norm", "k_norm"))
 
 FAMILY = dataclasses.replace(llama.FAMILY, attention=(ATTENTION, NORMED), blocks=qwen2_moe.BLOCKS)
+
+GGUF = GgufLayout(
+    "glm4moe",
+    fields={
+        "expert_count": "n_routed_experts",
+        "expert_shared_count": "n_shared_experts",
+        "leading_dense_block_count": "first_k_dense_replace",
+        "expert_weights_scale": "routed_scaling_factor",
+        "expert_weights_norm": "norm_topk_prob",
+    },
+)

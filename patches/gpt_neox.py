@@ -4,6 +4,7 @@ import dataclasses
 
 from torch_int4.layouts.attention import AttentionLayout
 from torch_int4.layouts.family import Family
+from torch_int4.layouts.gguf import HEADS, GgufLayout
 from torch_int4.layouts.layer import BlockLayout
 from torch_int4.layouts.scales import ScaleFold
 
@@ -33,3 +34,5 @@ FAMILY = Family(
         ScaleFold("attention.query_key_value", ("attention.dense",), head_dim="attention.head_size", fused=True),
     ),
 )
+
+GGUF = GgufLayout("gptneox", fields={"use_parallel_residual": "use_parallel_residual"}, rows={"attn_qkv": HEADS})

@@ -12,3 +12,10 @@ LAYER = BlockLayout(
 )
 
 FAMILY = dataclasses.replace(granite.FAMILY, blocks=(LAYER,))
+
+GGUF = dataclasses.replace(
+    granite.GGUF,
+    architecture="granitemoe",
+    fields={**granite.GGUF.fields, "expert_count": "num_local_experts"},
+    names={"block_sparse_moe.router": "ffn_gate_inp"},
+)

@@ -4,6 +4,7 @@ import dataclasses
 
 from torch_int4.layouts.attention import AttentionLayout
 from torch_int4.layouts.family import Family
+from torch_int4.layouts.gguf import PAIRS, GgufLayout
 from torch_int4.layouts.layer import BlockLayout
 from torch_int4.layouts.scales import ScaleFold
 
@@ -38,3 +39,5 @@ FAMILY = Family(
     blocks=(BlockLayout(FORWARDS),),
     folds=FOLDS,
 )
+
+GGUF = GgufLayout("llama", lacks=("expert_count",), rows={"attn_q": PAIRS, "attn_k": PAIRS})

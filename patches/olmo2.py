@@ -2,6 +2,7 @@
 
 from torch_int4.layouts.attention import AttentionLayout
 from torch_int4.layouts.family import Family
+from torch_int4.layouts.gguf import GgufLayout
 from torch_int4.layouts.layer import BlockLayout
 from torch_int4.layouts.scales import ScaleFold
 from torch_int4.patches import llama
@@ -33,3 +34,5 @@ FAMILY = Family(
         ScaleFold("mlp.up_proj", ("mlp.down_proj",)),
     ),
 )
+
+GGUF = GgufLayout("olmo2", lacks=("attention.sliding_window",))

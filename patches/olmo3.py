@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from torch_int4.layouts.gguf import GgufLayout
 from torch_int4.patches import olmo2
 
 ATTENTION = dataclasses.replace(
@@ -13,3 +14,5 @@ ATTENTION = dataclasses.replace(
 )
 
 FAMILY = dataclasses.replace(olmo2.FAMILY, attention=ATTENTION)
+
+GGUF = GgufLayout("olmo2", needs=("attention.sliding_window",))

@@ -3,6 +3,7 @@
 import dataclasses
 
 from torch_int4.layouts.attention import AttentionLayout
+from torch_int4.layouts.gguf import GgufLayout
 from torch_int4.patches import llama, qwen2_moe
 
 ATTENTION = AttentionLayout(
@@ -16,3 +17,5 @@ ATTENTION = AttentionLayout(
 )
 
 FAMILY = dataclasses.replace(llama.FAMILY, attention=ATTENTION, blocks=(qwen2_moe.SPARSE,))
+
+GGUF = GgufLayout("olmoe")

@@ -4,6 +4,7 @@ import dataclasses
 
 from torch_int4.layouts.attention import AttentionLayout
 from torch_int4.layouts.family import Family
+from torch_int4.layouts.gguf import GgufLayout
 from torch_int4.layouts.layer import BlockLayout
 from torch_int4.layouts.scales import ScaleFold
 
@@ -37,3 +38,5 @@ FAMILY = Family(
         ScaleFold("self_attn.v_proj", ("self_attn.dense",), head_dim="self_attn.head_dim"),
     ),
 )
+
+GGUF = GgufLayout("phi2")

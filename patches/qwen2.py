@@ -2,6 +2,9 @@
 
 import dataclasses
 
+from torch_int4.layouts.gguf import GgufLayout
 from torch_int4.patches import llama
 
 FAMILY = dataclasses.replace(llama.FAMILY, attention=llama.WINDOWED)
+
+GGUF = GgufLayout("qwen2")

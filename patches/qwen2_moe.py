@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from torch_int4.layouts.gguf import GgufLayout
 from torch_int4.layouts.layer import BlockLayout
 from torch_int4.patches import llama
 
@@ -9,3 +10,5 @@ SPARSE = BlockLayout((llama.FORWARDS[0], None, llama.FORWARDS[2]))
 BLOCKS = (*llama.FAMILY.blocks, SPARSE)
 
 FAMILY = dataclasses.replace(llama.FAMILY, blocks=BLOCKS)
+
+GGUF = GgufLayout("qwen2moe")

@@ -3,6 +3,7 @@
 import dataclasses
 
 from torch_int4.layouts.attention import AttentionLayout
+from torch_int4.layouts.gguf import GgufLayout
 from torch_int4.patches import llama
 
 ATTENTION = AttentionLayout(
@@ -14,3 +15,5 @@ ATTENTION = AttentionLayout(
 )
 
 FAMILY = dataclasses.replace(llama.FAMILY, attention=ATTENTION)
+
+GGUF = GgufLayout("qwen3")

@@ -3,6 +3,7 @@
 import dataclasses
 
 from torch_int4.layouts.attention import AttentionLayout
+from torch_int4.layouts.gguf import PAIRS, GgufLayout
 from torch_int4.patches import llama
 
 ROTATED = AttentionLayout(
@@ -15,3 +16,5 @@ ROTATED = AttentionLayout(
 OTHER = dataclasses.replace(ROTATED, when=(("use_rope", False),), rotates=False)
 
 FAMILY = dataclasses.replace(llama.FAMILY, attention=(ROTATED, OTHER))
+
+GGUF = GgufLayout("smollm3", rows={"attn_q": PAIRS, "attn_k": PAIRS})

@@ -17,6 +17,10 @@ from torch_int4.hf import gguf
 from torch_int4.hf.gguf import from_gguf, take_over
 
 
+def refuse(*args, **kwargs):
+    raise gguf.NotServedError("as the test wants it")
+
+
 def test_blocks_are_taken_over_in_the_order_of_the_models_rows(tmp_path):
     path = write(tmp_path / "model.gguf", llama(**SIZES), ["Q4_0", "Q4_1", "Q8_0", "Q5_1"])
     model = from_gguf(path, compute="fp32", kv_cache="fp32")
@@ -35,23 +39,41 @@ def test_blocks_are_taken_over_in_the_order_of_the_models_rows(tmp_path):
     torch.testing.assert_close(logits(model), logits(expanded), rtol=1e-4, atol=1e-4)
 
 
+K_SIZES = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "vocab_size": 96, "tied": False}
+
+
 def test_what_lies_on_no_grid_is_quantized_by_the_recipe(tmp_path):
-    path = write(tmp_path / "model.gguf", llama(**SIZES), ["F16", "Q4_0"], head="F32")
+    path = write(tmp_path / "model.gguf", llama(**K_SIZES), ["Q2_K", "Q4_0"], head="F32")
     model = from_gguf(path, group_size=64)
     sizes = {module.group_size for name, module in int4s(model).items() if name != "lm_head"}
     assert sizes == {32, 64}  # those of the file, and those of the config
     rounded = {name for name, module in int4s(model).items() if module.group_size == 64}
     (notice,) = model.torch_int4_report.notices
-    assert "(F16, F32): " in notice
+    assert "(F32, Q2_K): " in notice
     assert set(notice.partition("): ")[2].split(", ")) == rounded | {"lm_head"}
     assert notice in str(model.torch_int4_report)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_floats_among_blocks_stay_what_they_are(direct, tmp_path, monkeypatch):
+    if not direct:
+        monkeypatch.setattr(gguf, "load_direct", refuse)
+    stock = llama(**SIZES)
+    path = write(tmp_path / "model.gguf", stock, ["BF16", "Q8_0", "F16"])
+    model = from_gguf(path, compute="fp32", kv_cache="fp32")
+    stored = {name: entry.kind for name, entry in open_gguf(path).tensors.items()}
+    left = {name for name, _ in model.torch_int4_report.skipped}
+    assert left == {name for name in int4s(patch(llama(**SIZES))) if stored[gguf_name(name)] in ("BF16", "F16")}
+    for name in left:
+        weight = stock.get_submodule(name).weight
+        kept = weight.bfloat16() if stored[gguf_name(name)] == "BF16" else weight.half()
+        assert torch.equal(model.get_submodule(name).weight, kept.float()), name
 
 
 @pytest.fixture
 def k_quants(tmp_path):
     """A file of Q4_K, and transformers' expansion of it."""
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "vocab_size": 96, "tied": False}
-    path = write(tmp_path / "model-Q4_K.gguf", llama(**sizes), ["Q4_K"], head="Q4_K")
+    path = write(tmp_path / "model-Q4_K.gguf", llama(**K_SIZES), ["Q4_K"], head="Q4_K")
     from transformers import AutoModelForCausalLM, GgufConfig
 
     options = {"gguf_file": path.name, "dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
@@ -152,7 +174,7 @@ def test_the_direct_way_gives_the_model_that_transformers_expands(name, dtype, t
     kind = None if name is None else getattr(transformers, name)
     options = {"model_class": kind, "dtype": dtype, "kv_cache": "fp32"}
     with monkeypatch.context() as patched:
-        patched.setattr(gguf, "load_direct", lambda *args, **kwargs: None)
+        patched.setattr(gguf, "load_direct", refuse)
         want = from_gguf(path, **options)
     monkeypatch.setattr(gguf, "_expand", None)  # no weight is expanded as a whole
     got = from_gguf(path, **options)
@@ -176,7 +198,7 @@ def test_a_float_head_stays(tmp_path):
 def test_blocks_of_another_model_are_not_taken(tmp_path):
     path = write(tmp_path / "model.gguf", llama(**SIZES), ["Q4_0"])
     other = llama(**SIZES)
-    assert take_over(other, open_gguf(path)) == []  # its weights were never rounded
+    assert take_over(other, open_gguf(path)) == ([], [])  # its weights were never rounded
 
 
 def test_blocks_compute_without_a_patch(tmp_path):

@@ -7,7 +7,7 @@ Source: gguf-py 0.19, gguf/quants.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,23 +21,36 @@ from torch_int4.weights.canonical import Int4Weight
 
 
 class GgufBlocks(nn.Module):
-    """A linear that keeps the blocks of a GGUF tensor until `patch` packs them.
+    """A linear that stands for the blocks of a GGUF tensor until `patch` packs them.
 
     Attributes:
-        weight: uint8 `[N, bytes per row]`.
+        weight: uint8 `[N, bytes per row]`, read anew each time where a function was given.
         kind: a type of `BLOCKS`.
         bias: float `[N]`, or None.
+        nbytes: of the blocks.
     """
 
     weight: Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, blocks: Tensor, kind: str, shape: tuple[int, ...], bias: Any = None) -> None:
+    def __init__(
+        self, blocks: Tensor | Callable[[], Tensor], kind: str, shape: tuple[int, ...], bias: Any = None
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
         self.kind = kind
-        self.register_buffer("weight", blocks)
+        per_block, size = BLOCKS[kind]
+        self.nbytes = self.out_features * (self.in_features // per_block) * size
+        if isinstance(blocks, Tensor):
+            self.register_buffer("weight", blocks)
+        else:
+            self._read = blocks
         self.register_parameter("bias", bias if isinstance(bias, nn.Parameter) else None)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and "_read" in self.__dict__:
+            return self._read()
+        return super().__getattr__(name)
 
     def forward(self, x: Tensor) -> Tensor:
         """The product with the expanded weight: slow, for what is left out of `patch`."""

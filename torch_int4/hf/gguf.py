@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 
 from torch_int4.config import Int4Config
 from torch_int4.errors import Int4Error
-from torch_int4.formats.gguf import BLOCKS, GgufBlocks
-from torch_int4.formats.parts.gguf_file import GgufFile, GgufTensor, open_gguf
+from torch_int4.formats.gguf import BLOCKS, GgufBlocks, dense
+from torch_int4.formats.parts.gguf_file import GgufFile, open_gguf
 from torch_int4.formats.parts.gguf_split import parts_of, whole_file
-from torch_int4.hf.gguf_blocks import load_direct
+from torch_int4.hf.gguf_blocks import FLOATS, NotServedError, load_direct
 
 
 def from_gguf(
@@ -29,10 +30,11 @@ def from_gguf(
     """A patched model from a GGUF file on disk.
 
     Linears whose tensor has blocks on a grid that kernels have (`formats/gguf.py`) take over these blocks as they are
-    (`hf/gguf_blocks.py`). Other linears are quantized as the config says, and the report names them and the types of
-    the file that are to blame. Where tensors and parameters do not go one by one, as with experts, transformers builds
-    the model in float32, and each linear whose weight is an expansion of blocks takes them over, found by the bits of
-    the weight and therefore right by construction.
+    (`hf/gguf_blocks.py`), and those whose tensor is of floats among such blocks keep their floats. Other linears, and
+    the head, are quantized as the config says, and the report names them and the types of the file that are to blame.
+    Where a tensor or a parameter has no counterpart by the names that are known here, transformers builds the model in
+    float32, and each linear whose weight is an expansion of blocks takes them over,
+    found by the bits of the weight and therefore right by construction.
 
     Args:
         path: the file; of a model in parts (`-00001-of-00003.gguf`) any of them.
@@ -52,15 +54,16 @@ def from_gguf(
     with whole_file(Path(path)) as whole:
         file = open_gguf(whole)
         _require_language_model(file)
-        direct = load_direct(whole, file, floats, model_class, head=config.head != "float")
-        if direct is None:
-            model = _expand(whole, model_class)
-            taken = take_over(model, file, config)
+        model: Any
+        try:
+            model, taken, left = load_direct(whole, file, floats, model_class, head=config.head != "float")
+        except NotServedError as reason:
+            model = _expand(whole, model_class, str(reason))
+            taken, left = take_over(model, file, config)
             _cast(model, floats)
-        else:
-            model, taken = direct
-            del direct
-    model = patch(model, config)
+        if taken:  # a file that is quantized as somebody chose
+            config = dataclasses.replace(config, skip=(*config.skip, *left))
+        model = patch(model, config)  # which reads blocks
     model.torch_int4_report.notices += _rounded(model, file, taken)
     return model
 
@@ -126,34 +129,40 @@ def _require_language_model(file: GgufFile) -> None:
         raise Int4Error(f"{file.path.name}: holds no model (general.type is {kind!r})")
 
 
-def take_over(model: nn.Module, file: GgufFile, config: Int4Config | None = None) -> list[str]:
+def take_over(model: nn.Module, file: GgufFile, config: Int4Config | None = None) -> tuple[list[str], list[str]]:
     """Put the blocks of a file into the place of every linear of `model` whose weight is their expansion.
 
     A tensor of the file may have its rows in another order than the model: llama.cpp orders those of q and k by its
     own rotary embedding. `patch` packs the blocks.
 
     Returns:
-        The names of the linears.
+        The names of the linears, and of those but the head whose weight is a tensor of floats.
     """
     linears = _linears(model, config or Int4Config())
-    taken = []
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    taken, left = [], []
     for name, entry in file.tensors.items():
-        if entry.kind not in BLOCKS or len(entry.shape) != 2 or entry.shape not in linears:
+        if entry.kind not in (*BLOCKS, *FLOATS) or len(entry.shape) != 2 or entry.shape not in linears:
             continue
         raw = file.read(name)
-        dense = _dense(raw, entry, name)
-        for place in linears[entry.shape].pop(_fingerprint(dense), ()):
+        values = dense(raw, entry.kind, entry.shape, name)
+        for place in linears[entry.shape].pop(_fingerprint(values), ()):
             module = model.get_submodule(place)
-            order = _row_order(dense, module.weight)  # type: ignore[arg-type]
+            if entry.kind in FLOATS:
+                left += [place] if module is not head else []
+                continue
+            order = _row_order(values, module.weight)  # type: ignore[arg-type]
             if order is not None:
                 new = GgufBlocks(raw[order], entry.kind, entry.shape, getattr(module, "bias", None))
                 parent, _, attribute = place.rpartition(".")
                 setattr(model.get_submodule(parent), attribute, new.train(module.training))
                 taken.append(place)
-    return taken
+    return taken, left
 
 
-def _expand(path: Path, model_class: Any) -> Any:
+def _expand(path: Path, model_class: Any, reason: str) -> Any:
+    """The float model that transformers makes of a file which has no direct way, for a reason."""
     import transformers
 
     options: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32, "local_files_only": True}
@@ -161,9 +170,12 @@ def _expand(path: Path, model_class: Any) -> Any:
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     loader = model_class or transformers.AutoModelForCausalLM
     try:
-        model = loader.from_pretrained(str(path.parent), **options)
-    except (ImportError, KeyError, NotImplementedError, ValueError) as error:
-        raise Int4Error(f"{path.name}: transformers cannot load this GGUF file: {error}") from error
+        model, info = loader.from_pretrained(str(path.parent), output_loading_info=True, **options)
+    except (AssertionError, ImportError, KeyError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise Int4Error(f"{path.name}: transformers cannot load this GGUF file: {error} ({reason})") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise Int4Error(f"{path.name}: transformers finds no values of {missing[0]} in this GGUF file ({reason})")
     if hasattr(model.config, "quantization_config"):  # a float model from here on
         del model.config.quantization_config
     model.hf_quantizer = None
@@ -179,14 +191,6 @@ def _linears(model: nn.Module, config: Int4Config) -> dict[tuple[int, ...], dict
         if isinstance(module, nn.Linear) and module is not head and module.weight is not None and name:
             found[tuple(module.weight.shape)][_fingerprint(module.weight.detach())].append(name)
     return found
-
-
-def _dense(raw: Tensor, entry: GgufTensor, name: str) -> Tensor:
-    from torch_int4 import formats
-
-    settings = formats.Settings(layout=entry.kind)
-    rows, inputs = entry.shape
-    return formats.get("gguf").read({"weight": raw}, settings, shape=(rows, inputs), name=name).dequantize()
 
 
 def _fingerprint(weight: Tensor) -> int:

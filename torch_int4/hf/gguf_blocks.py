@@ -1,52 +1,55 @@
 """The direct way of a GGUF file into a model: blocks stay blocks, and no weight is ever expanded as a whole.
 
 transformers' own loader expands every tensor to float32 before it builds the model, which takes several times the
-memory of the file. Its names for the tensors, and what it does to their values, are used here one tensor at a time.
-What it does to the rows of a matrix is found by giving it numbers of rows in their place: blocks are then put in that
-order.
+memory of the file. Here linears, those of experts too, read their blocks when `patch` packs them, one after the other.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from torch_int4.config import Int4Config
+from torch_int4.errors import Int4Error
 from torch_int4.formats.gguf import BLOCKS, GgufBlocks, dense
 from torch_int4.formats.parts.gguf_file import GgufFile, GgufTensor
+from torch_int4.hf.gguf_facts import Facts, facts_of
+from torch_int4.nn.experts import LinearExperts
+from torch_int4.patching import experts as _experts
 
 ROWS = 4096  # of a matrix, expanded at once
+FLOATS = ("F16", "BF16", "F32")
+EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight")
+
+
+class NotServedError(Exception):
+    """The direct way does not serve a file; the message says why."""
 
 
 class Direct:
     """A model on the way from a file.
 
     Args:
-        path: the file, as transformers reads its metadata.
-        file: the same, as its tensors are read here.
+        file: opened.
+        facts: about it.
         dtype: of the parameters.
     """
 
-    def __init__(self, path: Path, file: GgufFile, dtype: torch.dtype) -> None:
-        from transformers import modeling_gguf_pytorch_utils as gguf_loader
-
-        self.file, self.dtype = file, dtype
-        self._names: Callable[..., dict[str, str]] = gguf_loader.get_gguf_hf_weights_map
-        self.settings = gguf_loader.load_gguf_checkpoint(str(path))["config"]
-        kind = gguf_loader.TENSOR_PROCESSORS.get(file.metadata["general.architecture"], gguf_loader.TensorProcessor)
-        self.processor = kind(config=self.settings)
+    def __init__(self, file: GgufFile, facts: Facts, dtype: torch.dtype) -> None:
+        self.file, self.facts, self.dtype = file, facts, dtype
 
     def build(self, model_class: Any) -> nn.Module:
         """The model without values; buffers have theirs."""
         import transformers
         from accelerate import init_empty_weights
 
-        config = transformers.CONFIG_MAPPING[self.settings["model_type"]].from_dict(self.settings)
+        config = self.facts.config
         config.name_or_path = str(self.file.path.parent)
         kind = model_class or transformers.AutoModelForCausalLM
         make = getattr(kind, "from_config", None) or kind._from_config  # of Auto classes, and of others
@@ -54,7 +57,7 @@ class Direct:
             model: nn.Module = make(config, dtype=self.dtype)
         return model.eval()
 
-    def fill(self, model: Any, *, head: bool) -> list[str] | None:
+    def fill(self, model: Any, *, head: bool) -> tuple[list[str], list[str]]:
         """Give a model its values, and blocks to the linears whose types kernels have.
 
         Args:
@@ -62,83 +65,94 @@ class Direct:
             head: whether the projection onto the vocabulary takes blocks, too.
 
         Returns:
-            The names of the linears that hold blocks. None where the file or transformers has tensors of another kind
-            than one matrix or vector for each parameter; the model is then of no use.
+            The names of the linears that hold blocks, and of those whose tensors are floats.
+
+        Raises:
+            NotServedError: a tensor of the file has no place, or a parameter of the model no tensor.
         """
-        if any(len(entry.shape) > 2 for entry in self.file.tensors.values()):
-            return None  # experts, convolutions
-        names, taken = self._names_in(model), []
+        names, taken, floats = self.facts.names(model), [], []
+        _experts.split(model, Int4Config())
+        experts = {name: module for name, module in model.named_modules() if isinstance(module, LinearExperts)}
         output = model.get_output_embeddings()
         for name, entry in self.file.tensors.items():
+            if self.facts.unused(name):
+                continue
+            if (match := EXPERTS.fullmatch(name)) is not None and len(entry.shape) == 3:
+                taken += self._give_experts(model, experts, match, name, entry)
+                continue
             target = names.get(name)
             if target is None:
-                continue
-            place, _, attribute = target.rpartition(".")
+                raise NotServedError(f"{name} has no place in {type(model).__name__}")
+            place = target.rpartition(".")[0]
             module = model.get_submodule(place)
             made = self._blocks(name, entry, module) if module is not output or head else None
             if made is not None:
                 _replace(model, place, made)
                 taken.append(place)
-            elif not self._set(model, module, target, attribute, name, entry):
-                return None
+            else:
+                self._set(model, module, target, name, entry)
+                if isinstance(module, nn.Linear) and module is not output and entry.kind in FLOATS:
+                    floats.append(place)
         taken += self._tie(model, output, head=head)
-        if any(p.is_meta for p in model.parameters()):
-            return None
+        empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        if empty:
+            raise NotServedError(f"no tensor of the file holds {empty[0]}")
+        return taken, floats
+
+    def _give_experts(
+        self, model: Any, experts: dict[str, Any], match: re.Match[str], name: str, entry: GgufTensor
+    ) -> list[str]:
+        """One tensor of all experts of a layer, given to their linears."""
+        layer, linear = f".{match[1]}.", f"{match[2]}_proj"
+        places = [place for place in experts if layer in f".{place}."]
+        if len(places) != 1 or experts[places[0]].torch_int4_data.count != entry.shape[0]:
+            raise NotServedError(f"{name} holds experts that {type(model).__name__} has not, or keeps in another form")
+        taken = []
+        for number in range(entry.shape[0]):
+            place = f"{places[0]}.{number}.{linear}"
+            module = model.get_submodule(place)
+            part = GgufTensor(entry.kind, entry.shape[1:], entry.begin, entry.end)
+            if part.shape != tuple(module.weight.shape):
+                raise NotServedError(
+                    f"{name} has experts of {list(part.shape)}, and {place} is {list(module.weight.shape)}"
+                )
+            read = partial(self.file.read, name, number)
+            if part.kind in BLOCKS:
+                _replace(model, place, GgufBlocks(read, part.kind, part.shape, module.bias).train(module.training))
+                taken.append(place)
+            else:
+                values = dense(read(), part.kind, part.shape, name).to(self.dtype)
+                module.weight = nn.Parameter(values, requires_grad=False)
         return taken
-
-    def _names_in(self, model: Any) -> dict[str, str]:
-        """The parameters of a model by the names of the file's tensors.
-
-        transformers looks a model's names up again for each of its modules, as names in some files begin inside of it,
-        and makes its table each time: seconds, where the names of the whole are enough.
-        """
-        whole = SimpleNamespace(config=model.config, state_dict=model.state_dict, named_children=tuple)
-        names = self._names(whole, self.processor)
-        unknown = [name for name in self.file.tensors if name not in names and not name.startswith("rope_freqs")]
-        return self._names(model, self.processor) if unknown else names
 
     def _blocks(self, name: str, entry: GgufTensor, module: nn.Module) -> GgufBlocks | None:
         if type(module) is not nn.Linear or entry.kind not in BLOCKS or entry.shape != tuple(module.weight.shape):
             return None
-        order = self._order(name, entry.shape[0])
+        order = self.facts.order(name, entry.shape[0])
         if order is None:
             return None
-        raw = self.file.read(name)
-        if not torch.equal(order, torch.arange(len(order))):
-            raw = raw[order]
-        return GgufBlocks(raw, entry.kind, entry.shape, module.bias).train(module.training)
+        read = _reader(self.file, name, order)
+        return GgufBlocks(read, entry.kind, entry.shape, module.bias).train(module.training)
 
-    def _order(self, name: str, rows: int) -> Tensor | None:
-        """int64 `[rows]`: row i of the model's matrix is row order[i] of the file's; None where it is none of them."""
-        numbers = np.arange(rows, dtype=np.float32)[:, None]  # exact below 2^24
-        result = self.processor.process(numbers, name, tensor_key_mapping={}, parsed_parameters={"tensors": {}})
-        if result.name != name or result.weights.shape != (rows, 1) or rows >= 1 << 24:
-            return None
-        order = torch.from_numpy(np.ascontiguousarray(result.weights[:, 0])).long()
-        return order if torch.equal(order.sort().values, torch.arange(rows)) else None
-
-    def _set(self, model: Any, module: nn.Module, target: str, attribute: str, name: str, entry: GgufTensor) -> bool:
+    def _set(self, model: Any, module: nn.Module, target: str, name: str, entry: GgufTensor) -> None:
+        attribute = target.rpartition(".")[2]
         old = getattr(module, attribute, None)
-        if not isinstance(old, Tensor):
-            return False
         values = self._values(name, entry, _dtype_of(model, target, self.dtype))
-        if values is None or values.shape != old.shape:
-            return False
+        if values is not None and isinstance(old, Tensor) and values.squeeze().shape == old.squeeze().shape:
+            values = values.view(old.shape)  # a row of a gate may be a vector there
+        if not isinstance(old, Tensor) or values is None or values.shape != old.shape:
+            raise NotServedError(f"{name} of {list(entry.shape)} does not fit {target}")
         if isinstance(old, nn.Parameter):
             setattr(module, attribute, nn.Parameter(values, requires_grad=True))
         else:
             module._buffers[attribute] = values
-        return True
 
     def _values(self, name: str, entry: GgufTensor, dtype: torch.dtype) -> Tensor | None:
         """The values of a tensor as the model has them, made of a few rows at a time where it is a matrix."""
-        order = self._order(name, entry.shape[0]) if len(entry.shape) == 2 else None
+        order = self.facts.order(name, entry.shape[0]) if len(entry.shape) == 2 else None
         if order is None:
-            values = dense(self.file.read(name), entry.kind, entry.shape, name)
-            result = self.processor.process(
-                values.numpy(), name, tensor_key_mapping={}, parsed_parameters={"tensors": {}}
-            )
-            return None if result.name != name else torch.from_numpy(np.ascontiguousarray(result.weights)).to(dtype)
+            values = self.facts.values(name, dense(self.file.read(name), entry.kind, entry.shape, name))
+            return None if values is None else values.to(dtype)
         raw = self.file.read(name)
         made = torch.empty(entry.shape, dtype=dtype)
         for begin in range(0, entry.shape[0], ROWS):
@@ -162,8 +176,8 @@ class Direct:
 
 def load_direct(
     path: Path, file: GgufFile, dtype: torch.dtype, model_class: Any, *, head: bool
-) -> tuple[nn.Module, list[str]] | None:
-    """A model with blocks in its linears, and their names; None where the direct way does not serve the file.
+) -> tuple[nn.Module, list[str], list[str]]:
+    """A model with blocks in its linears; their names, and those of linears whose tensors are floats.
 
     Args:
         path: the file, as transformers reads its metadata.
@@ -171,14 +185,31 @@ def load_direct(
         dtype: of everything but blocks.
         model_class: class of the model; transformers' `AutoModelForCausalLM` where None.
         head: whether the projection onto the vocabulary takes blocks, too.
+
+    Raises:
+        NotServedError: saying why.
+        Int4Error: the file is damaged, or says of its model what nothing here computes.
     """
     try:
-        way = Direct(path, file, dtype)
+        way = Direct(file, facts_of(path, file), dtype)
         model = way.build(model_class)
-        taken = way.fill(model, head=head)
-    except (AttributeError, ImportError, KeyError, NotImplementedError, TypeError, ValueError):
-        return None  # another version of transformers, or what it does not know: its own loader says what is wrong
-    return None if taken is None else (model, taken)
+        return model, *way.fill(model, head=head)
+    except Int4Error:
+        raise
+    except (AttributeError, ImportError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+        # another version of transformers, or what it does not know: its own loader says what is wrong
+        raise NotServedError(str(error)) from error
+
+
+def _reader(file: GgufFile, name: str, order: Tensor) -> Callable[[], Tensor]:
+    """Reads the rows of a matrix in the model's order."""
+    plain = torch.equal(order, torch.arange(len(order)))
+
+    def read() -> Tensor:
+        raw = file.read(name)
+        return raw if plain else raw[order]
+
+    return read
 
 
 def _replace(model: nn.Module, place: str, made: nn.Module) -> None:

@@ -98,6 +98,11 @@ def _unpack_multipliers(scales: Tensor, out_features: int, in_features: int) -> 
     return scales.new_empty(out_features, groups, dtype=torch.int8)
 
 
+@fake("gather_bits")
+def _gather_bits(blocks: Tensor, codes: int) -> Tensor:
+    return blocks.new_empty(blocks.shape[0], blocks.shape[1] * codes)
+
+
 @fake("dequantize")
 def _dequantize(
     weight: Tensor, out_features: int, in_features: int, dtype: torch.dtype = torch.float32

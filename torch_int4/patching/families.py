@@ -72,8 +72,13 @@ def _model_type(module: nn.Module) -> str | None:
     return model_type if isinstance(model_type, str) and model_type else None
 
 
+def extra(name: str, attribute: str) -> Any:
+    """What a family's file says under another name than `FAMILY`, for the rooms that ask for it; None if nothing."""
+    return getattr(importlib.import_module(f"{patches.__name__}.{name}"), attribute, None)
+
+
 def _load(name: str) -> Family:
-    family = importlib.import_module(f"{patches.__name__}.{name}").FAMILY
+    family = extra(name, "FAMILY")
     if not isinstance(family, Family):
         raise Int4Error(f"patches/{name}.py: FAMILY must be a Family, got {type(family).__name__}")
     return family

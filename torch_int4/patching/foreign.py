@@ -28,6 +28,7 @@ def convert(target: Foreign, config: Int4Config, report: PatchReport, memory: Me
     old = target.module
     assert old is not None
     before = sum(t.nbytes for t in (*old.parameters(recurse=False), *old.buffers(recurse=False)))
+    before += 0 if before else int(getattr(old, "nbytes", 0))  # of what is still in its file
     weight = formats.convert_module(old, name=target.name)
     if weight is None:  # codes that no kernel has
         dense = formats.dense_module(old, name=target.name)

@@ -24,6 +24,7 @@ from torch_int4.formats.parts.safetensors import regular_file_size
 VERSIONS = (2, 3)
 MAX_ENTRIES, MAX_TENSORS, MAX_ARRAY, MAX_STRING = 1 << 16, 1 << 20, 1 << 24, 1 << 24
 MAX_DIMENSIONS = 4
+MAX_KEPT = 1024  # numbers of an array
 # metadata types: struct formats of numbers by their number; 8 is a string, 9 an array
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -41,7 +42,8 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A file whose header has been checked. `metadata` holds single values; arrays are counted, not kept.
+    """A file whose header has been checked. `metadata` holds single values, and short arrays of numbers as tuples;
+    others are counted, not kept.
 
     `spans` are the first and the last place, in bytes, of each entry of the metadata.
     """
@@ -52,18 +54,20 @@ class GgufFile:
     tensors: dict[str, GgufTensor]
     spans: dict[str, tuple[int, int]]
 
-    def read(self, name: str) -> Tensor:
-        """The bytes of one tensor: uint8 `[..., bytes per row]`, a copy."""
+    def read(self, name: str, part: int | None = None) -> Tensor:
+        """The bytes of one tensor, or of one part along its first dimension: uint8 `[..., bytes per row]`, a copy."""
         if name not in self.tensors:
             raise Int4Error(f"{self.path.name}: has no tensor {name!r}")
         entry = self.tensors[name]
-        count = entry.end - entry.begin
+        count, shape = entry.end - entry.begin, entry.shape
+        if part is not None:
+            count, shape = count // shape[0], shape[1:]
         with self.path.open("rb") as stream:
-            stream.seek(entry.begin)
+            stream.seek(entry.begin + (part or 0) * count)
             values = np.fromfile(stream, dtype=np.uint8, count=count)
         if values.size != count:
             raise Int4Error(f"{self.path.name}: {name}: is cut off; the file has changed since it was opened")
-        return torch.from_numpy(values).reshape(*entry.shape[:-1], -1)
+        return torch.from_numpy(values).reshape(*shape[:-1], -1)
 
 
 def open_gguf(path: str | Path) -> GgufFile:
@@ -161,6 +165,8 @@ def _value(reader: _Reader, kind: int, key: str) -> Any:
     kind, count = reader.number("I", key), reader.number("Q", key)
     if count > MAX_ARRAY:
         raise Int4Error(f"{reader.name}: {key}: an array of {count} values is longer than the {MAX_ARRAY} accepted")
+    if kind in NUMBERS and count <= MAX_KEPT:
+        return tuple(reader.number(NUMBERS[kind], key) for _ in range(count))
     if kind in NUMBERS:
         reader.skip(count * struct.calcsize("<" + NUMBERS[kind]), key)
     elif kind == STRING:
