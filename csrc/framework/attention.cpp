@@ -91,10 +91,15 @@ AttentionTile make_tile(const Job& job, int64_t batch, int64_t kv_head) {
   return t;
 }
 
+// The sum of a row's weights, in units of exp(largest), with that of its sink: a score without a value. A sink far
+// above all scores makes it infinite, and the outputs zero, as they round to then.
+float with_sink(float sink, float largest, float total) { return total == 0 ? total : total + expf(sink - largest); }
+
 // Divides the weighted values of row `row` of a kv head by their weights; zeros where there are none.
-void write_row(const Job& job, int64_t batch, int64_t kv_head, int64_t row, float* sums, float total) {
+void write_row(const Job& job, int64_t batch, int64_t kv_head, int64_t row, float* sums, float largest, float total) {
   const Attention& a = job.a;
   const int64_t token = row / job.group, head = kv_head * job.group + row % job.group, dim = a.values.dim;
+  if (a.sinks) total = with_sink(a.sinks[head], largest, total);
   const float inverse = total == 0 ? 0 : 1 / total;
   for (int64_t d = 0; d < dim; ++d) sums[d] *= inverse;
   const int64_t i = ((batch * a.tokens + token) * a.query.heads + head) * dim;
@@ -119,7 +124,7 @@ void merge_row(const Job& job, int64_t batch, int64_t kv_head, int64_t row) {
       for (int64_t d = 0; d < job.value_lanes; ++d) result[d] += weight * sums[d];
     }
   }
-  write_row(job, batch, kv_head, row, result, total);
+  write_row(job, batch, kv_head, row, result, largest, total);
 }
 
 // Tasks [begin, end) of (batch, kv head, span).
@@ -168,7 +173,7 @@ void run_tile(const Job& job, int64_t unit, int64_t tile, Buffer& buffer) {
   prepare_rows(job, batch, kv_head, first, t, rows, query);
   job.kernels.attend_many(t);
   for (int r = 0; r < t.rows; ++r) {
-    write_row(job, batch, kv_head, first + r, t.sums + r * job.value_lanes, t.total[r]);
+    write_row(job, batch, kv_head, first + r, t.sums + r * job.value_lanes, t.largest[r], t.total[r]);
   }
 }
 

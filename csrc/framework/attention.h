@@ -34,6 +34,7 @@ struct Attention {
   int64_t mask_batch_stride, mask_head_stride, mask_token_stride;  // 0 where the mask is broadcast
   const float* slopes;                                             // [batch or 1][heads], or null
   int64_t slope_batch_stride;
+  const float* sinks;  // [heads], or null
   float scale, softcap;
   bool causal;
   int64_t window;  // 0: none

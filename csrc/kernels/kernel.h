@@ -29,7 +29,10 @@ enum class DType : int { kF32, kBF16, kF16 };
 constexpr int element_bytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
 enum class ScaleType : int { kF16, kF32, kE8M0 };  // E8M0: a power of two, 2^(byte - 127)
 enum class Norm : int { kRms, kRmsOnce, kLayer };
-enum class Activation : int { kSilu, kGelu, kGeluTanh };
+// kRelu2 is the square of a relu. kClampedSwiglu is that of gpt-oss, always with an up: min(gate, 7) times the sigmoid
+// of 1.702 times that, times up between -7 and 7, plus 1.
+enum class Activation : int { kSilu, kGelu, kGeluTanh, kRelu, kRelu2, kClampedSwiglu };
+constexpr float kSwigluSlope = 1.702f, kSwigluLimit = 7.f;
 
 // Zero points and offsets: zero_point(type); uint8 zeros; w = q*scale + offset; the same, where scale and offset have
 // two levels (TwoLevels); zero_point(type), where the scale has two levels, for groups of kSlab inputs and for groups of

@@ -37,13 +37,25 @@ void normalize(const float* x, int64_t count, const RowNorm& norm, float* y) {
 float activate(float x, Activation activation) {
   if (activation == Activation::kSilu) return x / (1.f + expf(-x));
   if (activation == Activation::kGelu) return 0.5f * x * (1.f + erff(x * 0.70710678f));
+  if (activation == Activation::kRelu) return x < 0 ? 0 : x;
+  if (activation == Activation::kRelu2) return x < 0 ? 0 : x * x;
+  if (activation == Activation::kClampedSwiglu) {
+    const float limited = x > kSwigluLimit ? kSwigluLimit : x;
+    return limited / (1.f + expf(-kSwigluSlope * limited));
+  }
   return 0.5f * x * (1.f + tanhf(0.797884561f * (x + 0.044715f * x * x * x)));
 }
 
 void gate(float* gate, const float* up, int64_t count, Activation activation, DType dtype) {
   for (int64_t i = 0; i < count; ++i) {
     gate[i] = round_to(dtype, activate(gate[i], activation));
-    if (up) gate[i] = round_to(dtype, gate[i] * up[i]);
+    if (!up) continue;
+    float factor = up[i];
+    if (activation == Activation::kClampedSwiglu) {
+      factor = factor > kSwigluLimit ? kSwigluLimit : factor < -kSwigluLimit ? -kSwigluLimit : factor;
+      factor = round_to(dtype, factor + 1.f);
+    }
+    gate[i] = round_to(dtype, gate[i] * factor);
   }
 }
 

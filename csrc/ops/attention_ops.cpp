@@ -6,7 +6,8 @@ namespace {
 
 Tensor attention_op(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& key_scales,
                     const OptionalTensor& value_scales, const OptionalTensor& length, const OptionalTensor& mask,
-                    const OptionalTensor& alibi_slopes, double scale, bool causal, int64_t window, double softcap) {
+                    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, double scale, bool causal,
+                    int64_t window, double softcap) {
   Attention a{};
   a.query = view_heads(query, "query");
   a.batch = query.size(0);
@@ -27,6 +28,8 @@ Tensor attention_op(const Tensor& query, const Tensor& key, const Tensor& value,
   a.length = valid_keys(length, key.size(2));
   view_mask(mask, a);
   view_slopes(alibi_slopes, a);
+  std::vector<float> converted;
+  view_sinks(sinks, converted, a);
   a.scale = float(scale);
   a.softcap = float(softcap);
   a.causal = causal;
@@ -73,7 +76,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(torch_int4, m) {
             .c_str());
   m.def(
       "attention(Tensor query, Tensor key, Tensor value, Tensor? key_scales, Tensor? value_scales, Tensor? length, "
-      "Tensor? mask, Tensor? alibi_slopes, *, float scale, bool causal, int window=0, float softcap=0.) -> Tensor");
+      "Tensor? mask, Tensor? alibi_slopes, Tensor? sinks=None, *, float scale, bool causal, int window=0, "
+      "float softcap=0.) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(torch_int4, CPU, m) {

@@ -1,5 +1,7 @@
 #include "ops/attention_views.h"
 
+#include "ops/weights.h"
+
 namespace torch_int4 {
 
 static void check_layout(const Tensor& t, const char* name, int64_t dims) {
@@ -121,6 +123,12 @@ void view_slopes(const OptionalTensor& slopes, Attention& a) {
   check_tensor(*slopes, "alibi_slopes", ScalarType::Float, "float32", shape);
   a.slopes = static_cast<const float*>(slopes->const_data_ptr());
   a.slope_batch_stride = per_batch ? a.query.heads : 0;
+}
+
+void view_sinks(const OptionalTensor& sinks, std::vector<float>& converted, Attention& a) {
+  if (!sinks) return;
+  check_tensor(*sinks, "sinks", sinks->scalar_type(), "floating point", {a.query.heads});
+  a.sinks = floats_of(*sinks, "sinks", converted);
 }
 
 void view_angles(const OptionalTensor& cos, const OptionalTensor& sin, int64_t rotary_dim, RotaryAppend& a) {

@@ -24,6 +24,7 @@ int64_t valid_keys(const OptionalTensor& length, int64_t keys);
 // These fill in their part of `a`, whose batch, tokens, query and length are there already.
 void view_mask(const OptionalTensor& mask, Attention& a);
 void view_slopes(const OptionalTensor& slopes, Attention& a);
+void view_sinks(const OptionalTensor& sinks, std::vector<float>& converted, Attention& a);
 void view_angles(const OptionalTensor& cos, const OptionalTensor& sin, int64_t rotary_dim, RotaryAppend& a);
 
 // The caches that take the keys and values of `a`, whose batch, tokens and heads are there already.

@@ -98,7 +98,7 @@ Tensor mlp_op(const Tensor& x, const OptionalTensor& residual, const OptionalTen
     m.x.norm = &view.norm;
   }
   m.down_perm = check_perm(down_perm, out_features[0]);
-  m.activation = activation_type(activation);
+  m.activation = activation_type(activation, m.gated);
   const Compute how = compute_type(options.compute);
   const int64_t features = out_features[count - 1];
   const Tensor added = residual ? make_contiguous(*residual, "residual") : x;

@@ -148,7 +148,7 @@ void prepare_layer(PreparedLayer& p, int64_t features, const HeadSizes& heads) {
   view_linears(p, features, l);
   for (size_t i = 0; i < p.tensors.linears.count(); ++i) p.extents[i] = extents_of(p.tensors.linears, i);
   l.compute = compute_type(p.options.linears.compute);
-  l.activation = activation_type(p.options.activation);
+  l.activation = activation_type(p.options.activation, l.gated);
   l.rotary.interleaved = p.options.interleaved;
 }
 

@@ -43,7 +43,7 @@ std::shared_ptr<PreparedExperts> view_experts(const LinearsTensors& linears, con
   STD_TORCH_CHECK(!p->gated || inner == options.out_features[1], "torch_int4: gate has ", inner,
                   " out_features but up has ", options.out_features[1]);
   p->out_features = options.out_features[each - 1];
-  p->activation = activation_type(activation);
+  p->activation = activation_type(activation, p->gated);
   p->compute = compute_type(options.compute);
   for (size_t i = 0; i < linears.count() / each; ++i) {
     Expert expert{};

@@ -2,12 +2,19 @@
 
 namespace torch_int4 {
 
-Activation activation_type(const std::string& name) {
-  if (name == "silu") return Activation::kSilu;
-  if (name == "gelu") return Activation::kGelu;
-  STD_TORCH_CHECK(name == "gelu_tanh", "torch_int4: activation must be 'silu', 'gelu' or 'gelu_tanh', not '", name,
-                  "'");
-  return Activation::kGeluTanh;
+Activation activation_type(const std::string& name, bool gated) {
+  static const std::pair<const char*, Activation> known[] = {
+      {"silu", Activation::kSilu}, {"gelu", Activation::kGelu},   {"gelu_tanh", Activation::kGeluTanh},
+      {"relu", Activation::kRelu}, {"relu2", Activation::kRelu2}, {"clamped_swiglu", Activation::kClampedSwiglu},
+  };
+  std::string names;
+  for (const auto& [text, activation] : known) {
+    STD_TORCH_CHECK(name != text || gated || activation != Activation::kClampedSwiglu,
+                    "torch_int4: activation 'clamped_swiglu' needs a gate and an up");
+    if (name == text) return activation;
+    names += (names.empty() ? "'" : ", '") + std::string(text) + "'";
+  }
+  STD_TORCH_CHECK(false, "torch_int4: activation must be one of ", names, ", not '", name, "'");
 }
 
 static const float* parameter_floats(const Tensor& t, const char* name, const Tensor& x, int64_t count,

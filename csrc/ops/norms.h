@@ -4,7 +4,7 @@
 
 namespace torch_int4 {
 
-Activation activation_type(const std::string& name);
+Activation activation_type(const std::string& name, bool gated);
 
 // A norm, and the memory of its parameters where they are not floats.
 struct NormView {

@@ -8,7 +8,6 @@ from oracle import random_weight
 
 from torch_int4 import Int4Error, Int4Linear, formats
 from torch_int4.formats import Settings
-from torch_int4.formats.mxfp4 import expert
 
 BNB, MXFP4 = formats.get("bitsandbytes"), formats.get("mxfp4")
 NF4 = torch.ops.torch_int4.codebook("nf4")
@@ -205,18 +204,6 @@ def test_mxfp4(layout, shape):
         assert str(caught.value).startswith(message)
     with pytest.raises(Int4Error, match="m: has 33 inputs"):
         MXFP4.read(tensors, Settings(layout=layout), shape=(shape[0], 33), name="m")
-
-
-def test_experts_of_one_tensor():
-    tensors, dense = mx(8, 64, "blocks")
-    stacked = {key: value.unflatten(0, (2, 4)) for key, value in tensors.items()}
-    settings = MXFP4.settings(MX_CONFIGS["blocks"])
-    for index in range(2):
-        weight = MXFP4.read(expert(stacked, index, "m"), settings, shape=(4, 64), name="m")
-        assert torch.equal(weight.dequantize(), dense.view(2, 4, 64)[index])
-    for bad in (-1, 2):
-        with pytest.raises(Int4Error, match=f"no expert {bad}"):
-            expert(stacked, bad, "m")
 
 
 @pytest.mark.parametrize(

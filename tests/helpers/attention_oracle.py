@@ -34,6 +34,7 @@ def attention(
     causal: bool,
     window: int = 0,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """The same in float64, result float64 [B, T, H, Dv]."""
     batch, tokens, heads, _ = query.shape
@@ -67,7 +68,9 @@ def attention(
             scores = scores + mask.double()
             seen &= ~(mask <= torch.finfo(mask.dtype).min)
     scores = scores.masked_fill(~seen, -torch.inf)
-    weights = torch.softmax(scores, -1).masked_fill(~seen.any(-1, keepdim=True), 0.0)
+    if sinks is not None:  # a score more, without a value
+        scores = torch.cat((scores, sinks.double()[:, None, None].expand(batch, heads, tokens, 1)), -1)
+    weights = torch.softmax(scores, -1)[..., :n].masked_fill(~seen.any(-1, keepdim=True), 0.0)
     weights = weights[..., None].masked_fill(~seen[..., None], 0.0)
     # A key that a row does not see adds nothing, even where it is NaN.
     values = torch.where(seen[..., None], v[:, :, None], 0.0)

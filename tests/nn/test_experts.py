@@ -12,8 +12,8 @@ from decoders import SPARSE, Calls, assert_near, decoder, pair, prompt
 from torch_int4 import Int4Linear, patch
 from torch_int4.nn.experts import LinearExperts, prepare, sum_of_experts
 
-OTHERS = ("gpt_oss",)  # whose activation no operator has
-MODELS = [*SPARSE, "mixtral", "phimoe", "qwen2_moe", "qwen3_moe"]
+OTHERS = ("gpt_oss-limits",)  # whose activation no operator has
+MODELS = [*SPARSE, *OTHERS, "mixtral", "phimoe", "qwen2_moe", "qwen3_moe"]
 
 
 def experts_of(model):

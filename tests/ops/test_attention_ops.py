@@ -117,6 +117,24 @@ def test_window_softcap_and_alibi(isa: str, tokens: int, keys: int) -> None:
     check({**arguments, "alibi_slopes": slopes, "softcap": 20.0, "window": 33, "mask": mask})
 
 
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.int8], ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 50])
+@pytest.mark.parametrize("keys", [60, 700, 2100])
+def test_sinks(isa: str, tokens: int, keys: int, cache_dtype: torch.dtype) -> None:
+    """A score without a value, far below the others, among them and far above; of any float type."""
+    arguments = problem(2, tokens, 4, 2, 64, keys, cache_dtype=cache_dtype)
+    plain = OPS.attention(**arguments)
+    sinks = torch.tensor([-3.0, 0.5, 4.0, 20.0])
+    for dtype in FLOATS:
+        check({**arguments, "sinks": sinks.to(dtype)})
+    check({**arguments, "sinks": sinks, "window": 30, "softcap": 5.0, "mask": masks(2, 4, tokens, keys)[2]})
+    far = OPS.attention(**arguments, sinks=torch.tensor([-torch.inf, -1e30, 1e30, torch.inf]))
+    assert torch.equal(far[:, :, :2], plain[:, :, :2])
+    assert far[:, :, 2:].abs().max() == 0
+    hidden = torch.zeros(1, 1, 1, keys, dtype=torch.bool)
+    assert OPS.attention(**{**arguments, "mask": hidden}, sinks=sinks).abs().max() == 0
+
+
 @pytest.mark.parametrize("tokens", [1, 6, 33])
 def test_strides(isa: str, tokens: int) -> None:
     """Views of a fused projection, and keys that are transposed projections instead of a cache."""
@@ -266,3 +284,5 @@ def test_bad_arguments_of_attention_are_named() -> None:
     refuses(op, a, "alibi_slopes must be float32", alibi_slopes=torch.zeros(4, dtype=torch.half))
     refuses(op, a, "window must not be negative", window=-1)
     refuses(op, a, "softcap must not be negative", softcap=-1.0)
+    refuses(op, a, "sinks has shape", sinks=torch.zeros(5))
+    refuses(op, a, "sinks must be float32, bfloat16 or float16", sinks=torch.zeros(4, dtype=torch.int32))

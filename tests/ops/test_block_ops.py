@@ -112,6 +112,13 @@ def test_mlp_of_many_rows_runs_in_passes(dtype: torch.dtype, gated: bool) -> Non
         assert torch.equal(got[rows], part)
 
 
+def unit_weight(place: tuple[int, int]) -> Int4Linear:
+    """A linear of two inputs and outputs whose weight is one at a place and zero elsewhere."""
+    codes = torch.full((2, 2), 8, dtype=torch.uint8)
+    codes[place] = 9
+    return Int4Linear.from_weight(oracle.Int4Weight(codes, torch.ones(2, 1), None, None, None, 32, 4, None))
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_of_extreme_values(isa: str, activation: str) -> None:
     """The identity as gate, ones as up and the identity as down leave the activation itself."""
@@ -119,19 +126,27 @@ def test_activations_of_extreme_values(isa: str, activation: str) -> None:
         [torch.linspace(-12, 12, 2001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 88, -88, 1e4, -1e4, 3e38])]
     )
     x = torch.stack([values, torch.ones_like(values)], dim=1)
-    codes = torch.full((2, 2), 8, dtype=torch.uint8)
-    scales = torch.ones(2, 1)
-
-    def weight(*ones: tuple[int, int]) -> Int4Linear:
-        filled = codes.clone()
-        for place in ones:
-            filled[place] = 9
-        return Int4Linear.from_weight(oracle.Int4Weight(filled, scales, None, None, None, 32, 4, None))
-
-    modules = [weight((0, 0)), weight((0, 1)), weight((0, 0))]
+    modules = [unit_weight((0, 0)), unit_weight((0, 1)), unit_weight((0, 0))]
     got = OPS.mlp(x, None, None, None, *lists(modules), activation=activation, **options_of(modules, "fp32"))
     torch.testing.assert_close(got[:, 0], ACTIVATIONS[activation](values.double()).float(), rtol=3e-6, atol=1e-6)
     assert torch.equal(got[:, 1], torch.zeros_like(values))
+
+
+def test_clamped_swiglu(isa: str) -> None:
+    """gpt-oss: gates up to 7, ups between -7 and 7; infinities and the largest values included."""
+    values = torch.tensor([0.0, -0.0, 1e-30, 0.5, -0.5, 6.99, 7.0, 7.01, -7.0, -30.0, -200.0, 3e38, -3e38])
+    gate, up = (each.flatten() for each in torch.meshgrid(values, values, indexing="ij"))
+    limited = gate.double().clamp(max=7)
+    want = limited * torch.sigmoid(1.702 * limited) * (up.double().clamp(-7, 7) + 1)
+    modules = [unit_weight((0, 0)), unit_weight((0, 1)), unit_weight((0, 0))]
+    x = torch.stack((gate, up), dim=1)
+    options = options_of(modules, "fp32")
+    got = OPS.mlp(x, None, None, None, *lists(modules), activation="clamped_swiglu", **options)
+    torch.testing.assert_close(got[:, 0], want.float(), rtol=3e-6, atol=1e-6)
+    with pytest.raises(RuntimeError, match="'clamped_swiglu' needs a gate and an up"):
+        OPS.mlp(
+            x, None, None, None, *lists(modules[1:]), activation="clamped_swiglu", **options_of(modules[1:], "fp32")
+        )
 
 
 @pytest.mark.parametrize("compute", COMPUTE)
@@ -222,7 +237,7 @@ def test_bad_arguments_are_named() -> None:
     bad("norm='layer' has no norm_offset", norm="layer", norm_offset=1.0)
     bad("norm must be", norm="batch")
     bad("eps must not be negative", eps=-1.0)
-    bad("activation must be", activation="relu")
+    bad("activation must be", activation="tanh")
     bad("lists of three", weights=weights[:2])
     bad("but up has", out_features=[40, 39, 70])
     bad("weight has shape", out_features=[50, 50, 70])

@@ -225,7 +225,7 @@ def test_bad_arguments_are_named_before_anything_is_written() -> None:
     bad("length must be int64", length=torch.tensor([5], dtype=torch.int32))
     bad("mask has shape", mask=torch.ones(2, 1, 3, 7, dtype=torch.bool))
     bad("rotary_dim must be even", rotary_dim=20)
-    bad("activation must be", activation="relu")
+    bad("activation must be", activation="tanh")
     bad("compute must be", compute="int2")
     bad("softcap must not be negative", softcap=-1.0)
     wide = torch.empty(0, 2, 16, 2**40)

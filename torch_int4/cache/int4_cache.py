@@ -91,7 +91,15 @@ class Int4CacheLayer(KVStorage):
         if self.max_length is None:
             self._count += tokens
 
-    def attend(self, query: Tensor, mask: Tensor | None, *, scale: float, softcap: float = 0.0) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        mask: Tensor | None,
+        *,
+        scale: float,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         """Attention of the last tokens to all in the cache; causal where there is no mask.
 
         Args:
@@ -111,6 +119,7 @@ class Int4CacheLayer(KVStorage):
             scale=scale,
             causal=mask is None,
             softcap=softcap,
+            sinks=sinks,
         )
         return output
 

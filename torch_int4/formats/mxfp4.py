@@ -4,7 +4,7 @@ Two ways to store a linear of N outputs and K inputs; a byte's low half is the e
     compressed-tensors `mxfp4-pack-quantized`  weight_packed uint8 [N, K/2], weight_scale uint8 [N, K/32]
     gpt-oss (`quant_method: mxfp4`)            blocks uint8 [N, K/32, 16], scales uint8 [N, K/32]
 w = 2^(scale - 127) * value[code], values 0 .5 1 1.5 2 3 4 6 and their negatives. gpt-oss keeps the experts of a layer
-in one tensor with a leading dimension: `expert` takes one of them out.
+in one tensor with a leading dimension, of which `hf/_stacked.py` takes them out.
 """
 
 from __future__ import annotations
@@ -74,21 +74,6 @@ class Mxfp4(Format):
             raise Int4Error(f"{name}.{scales}: holds NaN (255), so the checkpoint is damaged")
         values = nibbles.split(packed.reshape(rows, -1))
         return _checks.serve(Int4Weight(values, exponents.contiguous(), group_size=GROUP, codebook="fp4"), name)
-
-
-def expert(tensors: Mapping[str, Tensor], index: int, name: str) -> dict[str, Tensor]:
-    """The tensors of one expert of gpt-oss' stacked ones: blocks `[E, N, K/32, 16]`, scales `[E, N, K/32]`.
-
-    Raises:
-        Int4Error: other dimensions, or no such expert.
-    """
-    chosen = {}
-    for suffix, dimensions in (("blocks", 4), ("scales", 3)):
-        stacked = _checks.take(tensors, suffix, name, (torch.uint8,))
-        if stacked.dim() != dimensions or not 0 <= index < stacked.shape[0]:
-            raise Int4Error(f"{name}.{suffix}: has shape {list(stacked.shape)} and no expert {index}")
-        chosen[suffix] = stacked[index]
-    return chosen
 
 
 FORMAT = Mxfp4()

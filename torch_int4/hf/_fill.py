@@ -59,7 +59,7 @@ class Reading:
         """
         pending, keys = self.pending[name], self.keys[name]
         try:
-            tensors = {suffix: self.source.read(key) for suffix, key in keys.items()}
+            tensors = {suffix: self.source.read(key) for suffix, key in keys.items() if suffix != "bias"}
             result = self.result(pending, tensors)
             del tensors
             self._rounded[name] = result.extras
@@ -75,9 +75,24 @@ class Reading:
         return self._rounded.pop(name, {})
 
     def all_keys(self) -> list[str]:
-        """Every tensor of the checkpoint that is read here."""
+        """Every tensor of the checkpoint that is read here, by its name there."""
         stored = [] if self.stored is None else self.stored.all_keys()
-        return [key for found in self.keys.values() for key in found.values()] + stored
+        return [self.source.stored_name(key) for found in self.keys.values() for key in found.values()] + stored
+
+    def take_biases(self) -> None:
+        """Takes the biases that transformers cannot read, as they lie in tensors of all experts, upon itself."""
+        for name, place in self.pending.items():
+            key = f"{name}.bias"
+            if place._parameters.get("bias") is not None and self.source.stored_name(key) != key:
+                self.keys[name]["bias"] = key
+                place.register_parameter("bias", None)
+
+    def bias(self, name: str) -> nn.Parameter | None:
+        """The bias of a linear, as the checkpoint or the model has it by now."""
+        place, key = self.pending[name], self.keys[name].get("bias")
+        if key is None:
+            return place._parameters.get("bias")
+        return nn.Parameter(self.source.read(key).to(place.dtype), requires_grad=False)
 
 
 def plan_quantization(survey: Survey, config: Int4Config, source: Checkpoint, names: Names) -> Reading:
@@ -128,7 +143,9 @@ def plan_quantization(survey: Survey, config: Int4Config, source: Checkpoint, na
     def size(place: PendingLinear) -> Size:
         return Size(*place.shape, config.group_size, place.kind.name, offsets_of(place.kind, config))
 
-    return Reading(source, pending, {name: {"weight": found[name]} for name in pending}, result, size)
+    reading = Reading(source, pending, {name: {"weight": found[name]} for name in pending}, result, size)
+    reading.take_biases()
+    return reading
 
 
 def plan_reading(survey: Survey, how: Stored, source: Checkpoint, names: Names, config: Int4Config) -> Reading:
@@ -178,7 +195,9 @@ def plan_reading(survey: Survey, how: Stored, source: Checkpoint, names: Names, 
     shapes = {name: place.shape for name, place in pending.items()}
     kinds = recipes.parse(config.recipe).extras
     stored = StoredExtras.find(source, names.target, shapes, kinds, how.extras) if how.extras else None
-    return Reading(source, pending, keys, result, size, stored)
+    reading = Reading(source, pending, keys, result, size, stored)
+    reading.take_biases()
+    return reading
 
 
 def fill(model: nn.Module, reading: Reading, config: Int4Config, cached: str | None) -> list[PatchedLinear]:
@@ -233,7 +252,7 @@ def _is_on_disk(model: nn.Module, name: str) -> bool:
 def _settle(model: nn.Module, reading: Reading, weight: PackedWeight, name: str, config: Int4Config) -> PatchedLinear:
     """Put a packed weight, in a linear with its extras, into the place that was kept for it, with the bias there."""
     pending = reading.pending[name]
-    bias = pending._parameters.get("bias")
+    bias = reading.bias(name)
     hook: Any = getattr(pending, "_hf_hook", None)
     if bias is not None and bias.is_meta and hook is not None:  # accelerate keeps it on the disk
         values = getattr(hook, "weights_map", None)

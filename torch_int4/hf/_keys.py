@@ -56,6 +56,10 @@ class Names:
         found = (self._of_expert(f"{key.rpartition('.')[0]}.weight") for key in source)
         return {expert[0] for expert in found if expert is not None}
 
+    def has_experts(self, module: str) -> bool:
+        """Whether the model keeps all experts of this module in one tensor, before any are linears."""
+        return f"{module}.down_proj" in self._known
+
     def split(self, model: Any, experts: set[str]) -> None:
         """Takes in that these experts modules of the model have linears now."""
         self._experts, self._wanted = experts, list(model.state_dict())

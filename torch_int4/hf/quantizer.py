@@ -16,6 +16,7 @@ from torch_int4.errors import Int4Error
 from torch_int4.formats.parts.files import Checkpoint
 from torch_int4.hf._fill import Reading, fill, plan_quantization, plan_reading
 from torch_int4.hf._keys import Names
+from torch_int4.hf._stacked import stacks, unstacked
 from torch_int4.nn.linear import Int4Linear
 from torch_int4.patching import experts
 from torch_int4.patching.loading import leave_floats, leave_hooked
@@ -78,9 +79,10 @@ class Int4Quantizer(HfQuantizer):
         files, self._files = self._files, None
         if files is not None and Checkpoint.serves(files):
             source, self._names = Checkpoint(files), Names(model, weight_conversions)
-            apart = self._names.stored_by_expert(source)
-            split = experts.split(model, self.quantization_config, apart)
+            apart, together = self._names.stored_by_expert(source), stacks(source, self._names)
+            split = experts.split(model, self.quantization_config, {*apart, *together})
             self._names.split(model, split.names)
+            source = unstacked(source, model, {name: together[name] for name in together if name in split.names})
             self._survey = Survey(model)
             if self.stored is not None:
                 config = self.quantization_config

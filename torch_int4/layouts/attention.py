@@ -35,6 +35,8 @@ class AttentionLayout:
             not halves.
         sines_first: whether `position_embeddings` is (sines, cosines) with one column for each pair of features, and
             not (cosines, sines) with one for each feature.
+        column_per_pair: whether (cosines, sines) have one column for each pair of features.
+        sinks: of the parameter with a score for each head that takes part in the softmax and has no value.
     """
 
     forwards: tuple[str, ...]
@@ -55,6 +57,8 @@ class AttentionLayout:
     interleaved: bool = False
     repeated: bool = False
     sines_first: bool = False
+    column_per_pair: bool = False
+    sinks: str | None = None
 
     def __post_init__(self) -> None:
         """Computes what the fields imply now: code that is compiled cannot do that when it first asks."""
@@ -65,7 +69,7 @@ class AttentionLayout:
     @cached_property
     def features_per_column(self) -> int:
         """How many features a column of cosines or sines rotates."""
-        return 1 if self.positions is None and not self.sines_first else 2
+        return 1 if self.positions is None and not self.sines_first and not self.column_per_pair else 2
 
     @cached_property
     def linears(self) -> tuple[str, ...]:

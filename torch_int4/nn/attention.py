@@ -112,7 +112,9 @@ class FusedAttention(StockAttention):
         if layout.norms is not None:
             query, key = (_normed(self, *each) for each in zip(layout.norms, (query, key), strict=True))
         cos, sin, rotary = self.rotation(kwargs)
-        options = self.scoring()
+        options: dict[str, Any] = self.scoring()
+        if layout.sinks is not None:
+            options["sinks"] = getattr(self, layout.sinks)
         if isinstance(cache, Int4Cache):
             layer = cache.layer(self.layer_idx)  # type: ignore[attr-defined]
             query = layer.append(query, key, value, cos, sin, **rotary)
@@ -131,7 +133,15 @@ class FusedAttention(StockAttention):
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, causal: bool, scale: float, softcap: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    causal: bool,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention over the keys that a cache of transformers hands out, `[batch, tokens, heads, value head size]`.
 
@@ -143,6 +153,7 @@ def attend(
         causal: whether several tokens without a mask see only the keys up to their own. A single token sees all keys.
         scale: factor of the scores.
         softcap: bound of the scores, by a tanh; 0 leaves them unbounded.
+        sinks: `[heads]`, a score of each head that has no value, or None.
     """
     tokens = query.shape[1]
     causal = causal and mask is None and tokens > 1
@@ -162,6 +173,7 @@ def attend(
         scale=scale,
         causal=causal,
         softcap=softcap,
+        sinks=sinks,
     )
     return output
 

@@ -32,20 +32,31 @@ def attention_forward(
     scaling: float | None = None,
     is_causal: bool | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention for `[batch, heads, tokens, head size]` and keys alike; returns `[batch, tokens, heads, size]`."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     # The masks have the window.
     others = [name for name, x in kwargs.items() if x is not None and name not in HARMLESS and name != "sliding_window"]
-    if dropout or (others and _may_matter(type(module), others)) or not _is_served(query, key, value, attention_mask):
-        return _stock(
-            module, query, key, value, attention_mask, dropout, scaling, causal=causal, softcap=softcap, **kwargs
-        )
+    served = _is_served(query, key, value, attention_mask) and _are_sinks(s_aux, query)
+    if dropout or (others and _may_matter(type(module), others)) or not served:
+        kwargs |= {"softcap": softcap, "s_aux": s_aux}
+        return _stock(module, query, key, value, attention_mask, dropout, scaling, causal=causal, **kwargs)
     query = query.transpose(1, 2)
     query = query if query.stride(-1) == 1 else query.contiguous()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(query, key, value, attention_mask, causal=causal, scale=scale, softcap=softcap or 0.0), None
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap or 0.0, "sinks": s_aux}
+    return attend(query, key, value, attention_mask, causal=causal, **options), None
+
+
+def _are_sinks(sinks: Any, query: Tensor) -> bool:
+    """Whether the operator takes these as a score for each head; None is one."""
+    if sinks is None:
+        return True
+    if torch.is_grad_enabled() and sinks.requires_grad:
+        return False
+    return bool(sinks.shape == query.shape[1:2] and sinks.dtype in FLOATS and sinks.is_contiguous())
 
 
 def _may_matter(kind: type, names: list[str]) -> bool:
@@ -82,9 +93,12 @@ def _stock(
 ) -> tuple[Tensor, Tensor | None]:
     """The output of transformers' own function; the plain one of the model's file knows caps, sinks and the like."""
     if softcap is None and kwargs.get("s_aux") is None:
+        kwargs = {name: value for name, value in kwargs.items() if name != "s_aux"}
         return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=causal, **kwargs
         )
+    if kwargs.get("s_aux") is None:
+        kwargs.pop("s_aux", None)
     plain = sys.modules[type(module).__module__].eager_attention_forward
     tokens, keys = query.shape[2], key.shape[2]
     if mask is None and causal and tokens > 1:

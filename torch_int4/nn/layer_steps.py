@@ -41,7 +41,8 @@ class LayerSteps:
         if self._called is not None:
             if self._given:
                 given = call(torch.ops.torch_int4.normalize.default, given, **self._given)
-            return self._sum(self._called(given), total, self._mlp_norm)
+            added = self._called(given)
+            return self._sum(added[0] if isinstance(added, tuple) else added, total, self._mlp_norm)  # with scores
         if self._mlp is None:
             gate, up = _linears(given, self._halves)[0].chunk(2, dim=-1)
             return self._linear_sum(up * self._activation(gate), total, self._down, self._mlp_norm)

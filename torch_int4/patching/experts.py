@@ -98,10 +98,25 @@ def _layout(module: Any) -> ExpertsLayout:
 
     from torch_int4.nn.layer_parts import ACTIVATIONS
 
-    plain = not module.has_gate or type(module)._apply_gate is _default_apply_gate
-    activation = getattr(module, "act_fn", None)
-    name = "silu" if activation is F.silu else ACTIVATIONS.get(type(activation).__name__)
-    return ExpertsLayout(module.down_proj.shape[0], module.has_gate, module.is_concatenated, name if plain else None)
+    if module.has_gate and type(module)._apply_gate is not _default_apply_gate:
+        name = "clamped_swiglu" if _clamps(module) else None
+    else:
+        activation = getattr(module, "act_fn", None)
+        name = "silu" if activation is F.silu else ACTIVATIONS.get(type(activation).__name__)
+    return ExpertsLayout(module.down_proj.shape[0], module.has_gate, module.is_concatenated, name)
+
+
+def _clamps(module: Any) -> bool:
+    """Whether a module gates as gpt-oss does: tried on values around the limits."""
+    values = torch.linspace(-9, 9, 37)
+    gate, up = (each.flatten() for each in torch.meshgrid(values, values, indexing="ij"))
+    both = torch.cat((gate, up)) if module.is_concatenated else torch.stack((gate, up), dim=-1).flatten()
+    limited = gate.clamp(max=7.0)
+    want = limited * torch.sigmoid(1.702 * limited) * (up.clamp(-7.0, 7.0) + 1)
+    try:
+        return torch.allclose(module._apply_gate(both), want, rtol=1e-5, atol=1e-5)
+    except Exception:
+        return False
 
 
 def _expert(module: Any, number: int, layout: ExpertsLayout) -> Expert:

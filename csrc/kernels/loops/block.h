@@ -81,8 +81,31 @@ struct Activations {
     const F cube = V::mul(V::mul(x, x), x);
     return sigmoid_product(x, V::mul(V::set(1.59576912f), V::fmadd(V::set(0.044715f), cube, x)));
   }
+  static TI4_INLINE F relu(F x) { return V::where_less(x, V::zero(), V::zero(), x); }
+  static TI4_INLINE F at_most(F x, F limit) { return V::where_less(limit, x, limit, x); }
+  static TI4_INLINE F clamped_swish(F x) {
+    const F limited = at_most(x, V::set(kSwigluLimit));
+    return sigmoid_product(limited, V::mul(V::set(kSwigluSlope), limited));
+  }
+  static TI4_INLINE F clamped_up(F x) {
+    const F least = V::set(-kSwigluLimit), limited = at_most(x, V::set(kSwigluLimit));
+    return V::add(V::where_less(limited, least, least, limited), V::set(1.f));
+  }
   static TI4_INLINE F run(F x, Activation a) {
-    return a == Activation::kSilu ? sigmoid_product(x, x) : a == Activation::kGelu ? gelu(x) : gelu_tanh(x);
+    switch (a) {
+      case Activation::kSilu:
+        return sigmoid_product(x, x);
+      case Activation::kGelu:
+        return gelu(x);
+      case Activation::kGeluTanh:
+        return gelu_tanh(x);
+      case Activation::kClampedSwiglu:
+        return clamped_swish(x);
+      case Activation::kRelu:
+        return relu(x);
+      default:
+        return V::mul(relu(x), relu(x));
+    }
   }
 };
 
@@ -91,7 +114,13 @@ void loops_gate(float* gate, const float* up, int64_t count, Activation activati
   using S = Softmax<V>;
   for_lanes(count, [&](int64_t i, int64_t n) {
     auto a = round_lanes<V>(Activations<V>::run(S::load_floats(gate + i, n), activation), dtype);
-    if (up) a = round_lanes<V>(V::mul(a, S::load_floats(up + i, n)), dtype);
+    if (up) {
+      auto factor = S::load_floats(up + i, n);
+      if (activation == Activation::kClampedSwiglu) {
+        factor = round_lanes<V>(Activations<V>::clamped_up(factor), dtype);
+      }
+      a = round_lanes<V>(V::mul(a, factor), dtype);
+    }
     store_floats<V>(gate + i, n, a);
   });
 }

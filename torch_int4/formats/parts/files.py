@@ -54,21 +54,28 @@ class Checkpoint:
 
     def file(self, key: str) -> str:
         """The file that holds a tensor."""
+        return self._file_of(key)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape that the header of the file states."""
+        return self._opened[self._file_of(key)].shapes[key]
+
+    def _file_of(self, key: str) -> str:
         if key not in self._file:
             raise Int4Error(f"{', '.join(self.files)}: no tensor {key!r} is there")
         return self._file[key]
 
-    def shape(self, key: str) -> tuple[int, ...]:
-        """The shape that the header of the file states."""
-        return self._opened[self.file(key)].shapes[key]
-
-    def read(self, key: str) -> Tensor:
-        """One tensor, on the CPU, in memory of its own.
+    def read(self, key: str, part: int | None = None) -> Tensor:
+        """One tensor, or one part of it along its first dimension, on the CPU, in memory of its own.
 
         Raises:
             Int4Error: naming the tensor and its file.
         """
-        return self._opened[self.file(key)].read(key)
+        return self._opened[self._file_of(key)].read(key, part)
+
+    def stored_name(self, key: str) -> str:
+        """The name that the files have for the tensor which this one is taken from."""
+        return key
 
     def close(self) -> None:
         """Let go of all files."""

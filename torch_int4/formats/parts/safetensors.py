@@ -34,8 +34,8 @@ class SafetensorsFile:
     shapes: dict[str, tuple[int, ...]]
     _handle: Any
 
-    def read(self, key: str) -> Tensor:
-        """One tensor, on the CPU, in memory of its own.
+    def read(self, key: str, part: int | None = None) -> Tensor:
+        """One tensor, or one part of it along its first dimension, on the CPU, in memory of its own.
 
         Raises:
             Int4Error: naming the tensor and the file.
@@ -43,7 +43,7 @@ class SafetensorsFile:
         if key not in self.shapes:
             raise Int4Error(f"{self.path.name}: has no tensor {key!r}")
         try:
-            tensor: Tensor = self._handle.get_tensor(key)
+            tensor: Tensor = self._handle.get_tensor(key) if part is None else self._handle.get_slice(key)[part]
         except Exception as error:  # the library's own, and whatever torch says of a type or size that it does not have
             raise Int4Error(f"{self.path.name}: {key}: cannot be read ({error}); fetch the file again") from error
         return tensor
