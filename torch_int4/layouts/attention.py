@@ -29,7 +29,13 @@ class AttentionLayout:
         rotates: whether queries and keys are rotated.
         unrotated: of an argument that comes instead of a rotation; what it adds to the scores is in the mask already.
         repeats_kv: of the attribute that says whether the stock module caches a key head once per query head.
-        implementation: of transformers' attention, whose masks the stock module takes.
+        bias: of the argument with what is added to the scores, `[heads or batch * heads, 1, keys]`; of more keys than
+            the mask has, the last ones count.
+        hides: whether masks are True where a key is hidden, and not where it is seen.
+        residual: of the argument that the stock module adds to its output.
+        heads: of the attribute with the number of query heads; None where the config has it.
+        implementation: of transformers' attention, whose masks the stock module takes; None where it computes its
+            attention itself, asks no config and always has a mask.
         interleaved: whether a rotation turns pairs of neighbours, not of halves.
         repeated: whether `position_embeddings` has a column for each feature, of which neighbours are the same, and
             not halves.
@@ -51,7 +57,11 @@ class AttentionLayout:
     rotates: bool = True
     unrotated: str | None = None
     repeats_kv: str | None = None
-    implementation: str = "sdpa"
+    bias: str | None = None
+    hides: bool = False
+    residual: str | None = None
+    heads: str | None = None
+    implementation: str | None = "sdpa"
     interleaved: bool = False
     repeated: bool = False
     sines_first: bool = False
@@ -86,9 +96,9 @@ class AttentionLayout:
             self.softcap,
             self.positions,
             self.repeats_kv,
-            "config",
+            self.heads,
             "layer_idx",
-            "is_causal",
+            *(() if self.implementation is None else ("config", "is_causal")),
         )
         return tuple(name for name in names if name is not None)
 
@@ -102,8 +112,10 @@ class KnownAttention:
         cache: name of the argument of `forward` that holds the KV cache.
         read: names of the arguments that the stock module reads, or the attention function that it calls; all others
             change nothing. None where that is not known.
+        positional: names of the arguments of `forward` after the first one, in their order.
     """
 
     layout: AttentionLayout
     cache: str
     read: frozenset[str] | None
+    positional: tuple[str, ...] = ()

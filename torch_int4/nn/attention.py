@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from torch_int4.cache.int4_cache import Int4Cache
 from torch_int4.layouts.attention import AttentionLayout, KnownAttention
+from torch_int4.nn.bias import biased, is_bias
 from torch_int4.ops.calls import call
 from torch_int4.support.mixins import Mixin
 
@@ -38,13 +39,22 @@ HARMLESS = frozenset(
 )
 
 
+def named(
+    args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call, those given by their place under these names; as they are where that is wrong."""
+    if not args or len(args) > len(names) or any(name in kwargs for name in names[: len(args)]):
+        return args, kwargs
+    return (), {**dict(zip(names, args, strict=False)), **kwargs}
+
+
 class StockAttention(Mixin):
     """The stock module, which adds its mask where it records weights: a bool one would hide nothing then."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The output of the stock module, with a mask that can be added."""
         mask = kwargs.get("attention_mask")
-        if kwargs.get("output_attentions") and isinstance(mask, Tensor):
+        if kwargs.get("output_attentions") and isinstance(mask, Tensor) and _adds_masks(self):
             kwargs["attention_mask"] = additive(mask, hidden_states.dtype)
         return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
 
@@ -56,12 +66,14 @@ class FusedAttention(StockAttention):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """`[batch, tokens, features]` to the same, and None for the attention weights; or what the stock one gives."""
+        args, kwargs = named(args, kwargs, self.torch_int4_data.positional)
         if args or not self.serves(hidden_states, kwargs):
             return super().forward(hidden_states, *args, **kwargs)
         layout = self.torch_int4_data.layout
         outputs = [getattr(self, name)(hidden_states) for name in layout.linears]
         output = self.attend_heads(*self.split_heads(outputs), kwargs)
-        return getattr(self, layout.output)(output), None
+        output = getattr(self, layout.output)(output)
+        return output if layout.residual is None else kwargs[layout.residual] + output, None
 
     def serves(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether the operators give what the stock module would for these arguments of `forward`."""
@@ -95,6 +107,13 @@ class FusedAttention(StockAttention):
             cos, sin = cos[..., ::2].contiguous(), sin[..., ::2].contiguous()
         return cos, sin, {"rotary_dim": dim, "interleaved": layout.interleaved}
 
+    def mask(self, kwargs: dict[str, Any]) -> Tensor | None:
+        """What operators take as the mask: that of `forward`, and what else is added to the scores."""
+        layout, mask = self.torch_int4_data.layout, kwargs.get("attention_mask")
+        if layout.bias is None or mask is None:
+            return mask
+        return biased(mask, kwargs[layout.bias], _heads(self, layout), hides=layout.hides)
+
     def scoring(self) -> dict[str, float]:
         """The factor and the cap of the products of queries and keys."""
         layout = self.torch_int4_data.layout
@@ -108,7 +127,7 @@ class FusedAttention(StockAttention):
             kwargs: arguments of `forward`, which `serves` has seen.
         """
         layout = self.torch_int4_data.layout
-        cache, mask = kwargs.get(self.torch_int4_data.cache), kwargs.get("attention_mask")
+        cache, mask = kwargs.get(self.torch_int4_data.cache), self.mask(kwargs)
         if layout.norms is not None:
             query, key = (_normed(self, *each) for each in zip(layout.norms, (query, key), strict=True))
         cos, sin, rotary = self.rotation(kwargs)
@@ -187,17 +206,31 @@ def _is_served(module: Any, known: KnownAttention, x: Tensor, mask: Any, kwargs:
         return False
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters())):
         return False
-    if kwargs.get("output_attentions") or not is_mask(mask) or (mask is None and not module.is_causal):
+    if kwargs.get("output_attentions") or not is_mask(mask):
         return False
+    if layout.implementation is None:
+        if mask is None:
+            return False
     # The user chose another one since; a config takes a microsecond for each attribute that it is asked for.
-    if vars(module.config)["_attn_implementation_internal"] != layout.implementation:
+    elif vars(module.config)["_attn_implementation_internal"] != layout.implementation or (
+        mask is None and not module.is_causal
+    ):
         return False
+    own = (known.cache, layout.unrotated, layout.bias, layout.residual)
     for name, value in kwargs.items():
-        if name in HARMLESS or value is None or name == known.cache or name == layout.unrotated:
+        if name in HARMLESS or value is None or name in own:
             continue
         if known.read is None or name in known.read:
             return False
+    if layout.bias is not None and not is_bias(kwargs.get(layout.bias), mask, _heads(module, layout), layout.hides):
+        return False
     return _is_cache(module, layout, kwargs.get(known.cache)) and _has_rotation(module, layout, kwargs)
+
+
+def _adds_masks(module: Any) -> bool:
+    """Whether the stock module takes masks of transformers, which are added where weights are recorded."""
+    known = getattr(module, "torch_int4_data", None)
+    return not isinstance(known, KnownAttention) or known.layout.implementation is not None
 
 
 def _is_cache(module: Any, layout: AttentionLayout, cache: Any) -> bool:
@@ -225,8 +258,13 @@ def _kv_heads(module: Any, layout: AttentionLayout) -> int:
     size = getattr(module, layout.head_dim)
     if isinstance(layout.projections, str):
         heads = module._modules[layout.projections].out_features // size
-        return int(heads - module.config.num_attention_heads) // 2
+        return int(heads - _heads(module, layout)) // 2
     return int(module._modules[layout.projections[1]].out_features // size)
+
+
+def _heads(module: Any, layout: AttentionLayout) -> int:
+    """How many queries the projections give."""
+    return int(module.config.num_attention_heads if layout.heads is None else getattr(module, layout.heads))
 
 
 def _rotation(module: Any, layout: AttentionLayout, kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:

@@ -82,7 +82,8 @@ class LayerFacts:
         return {**norm, **_shared(linears), "down_perm": down, "activation": self.kind}
 
     def halves_step(self) -> dict[str, Any]:
-        """Arguments of `norm_linears` or `int4_linears` of the linear that gives gate and up, besides the input."""
+        """Arguments of `norm_linears` or `int4_linears` of the linear before down, which gives gate and up or up alone,
+        besides the input."""
         return {**self.given_step(), **_shared([self.linears[-2]])}
 
     def down_step(self) -> dict[str, Any]:
@@ -106,8 +107,9 @@ class LayerFacts:
             dtype: of the layer's input, and of the parameters of norms.
         """
         norms, layout = [*self.norms.values(), *(self.head_norms or ())], self.layout
-        holders = (self.attention,) if layout.calls_mlp else (self.attention, self.mlp)
-        activations = () if layout.calls_mlp else (self.activation,)
+        inside = not layout.calls_mlp and self.mlp is not self.block
+        holders = (self.attention, self.mlp) if inside else (self.attention,)
+        activations = () if layout.calls_mlp or layout.calls_activation else (self.activation,)
         modules = [*holders, *activations, *norms, *self.linears]
         guard = Guard(dtype, modules, [norm._parameters["weight"] for norm in norms])
         for module in (self.block, *holders):
