@@ -20,6 +20,7 @@ ATTENTION = AttentionLayout(
 )
 LAYER = BlockLayout(
     ("a1fff8c4820953c1", "515016006e478d77", None),
+    absent=("encoder_hidden_states", "encoder_attention_mask"),
     input_norm="ln_1",
     attention="attn",
     post_norm="ln_2",

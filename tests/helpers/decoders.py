@@ -32,6 +32,7 @@ EXPERTS = {
     "shared_expert_intermediate_size": 32,
 }
 WINDOW = {"sliding_window": 8}
+UNDROPPED = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 OF_FAMILY = {  # what a family needs besides
     "cwm": {"layer_types": ["sliding_attention", "full_attention"], **WINDOW},
     "falcon": {"ffn_hidden_size": 96, "alibi": False, "multi_query": True, "parallel_attn": True},
@@ -40,9 +41,12 @@ OF_FAMILY = {  # what a family needs besides
     "exaone4": {"layer_types": ["sliding_attention", "full_attention"], **WINDOW},
     "gemma2": {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0, **WINDOW},
     "gemma3_text": {"query_pre_attn_scalar": 24, "layer_types": ["sliding_attention", "full_attention"], **WINDOW},
+    "gpt2": {"n_inner": 96, **UNDROPPED},
+    "gpt_bigcode": {"n_inner": 96, **UNDROPPED},
     "gpt_neox": {"intermediate_size": 96, "rope_parameters": {"partial_rotary_factor": 0.25, "rope_theta": 1e4}},
     "gptj": {"rotary_dim": 8},
     "granite": {"attention_multiplier": 0.5, "residual_multiplier": 0.6},
+    "mpt": {"use_cache": True},
     "ministral": {"layer_types": ["sliding_attention", "full_attention"], **WINDOW},
     "mistral": WINDOW,
     "olmo3": {"layer_types": ["sliding_attention", "full_attention"], **WINDOW},
@@ -79,7 +83,7 @@ SPARSE = {  # models with experts, of families and of none
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
     "solar_open": CHOSEN,
 }
-NOT_GROUPED = ("falcon", "gpt_neox", "gptj", "gpt2", "opt")
+NOT_GROUPED = ("bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "mpt")
 VARIANTS = {
     "cohere-norms": ("cohere", {"use_qk_norm": True, "logit_scale": 1.0}),
     "falcon-40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 96}),
@@ -87,6 +91,7 @@ VARIANTS = {
         "falcon",
         {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True, "ffn_hidden_size": 96},
     ),
+    "gpt_bigcode-mha": ("gpt_bigcode", {"multi_query": False, "n_inner": 96, **UNDROPPED}),
     "gpt_neox-serial": ("gpt_neox", {"use_parallel_residual": False, "intermediate_size": 96}),
     "glm4_moe-plain": ("glm4_moe", {**EXPERTS, **CHOSEN, "use_qk_norm": False}),
     "llama-mha": ("llama", {"num_key_value_heads": 4, "attention_bias": True}),
@@ -96,9 +101,9 @@ VARIANTS = {
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "max_window_layers": 1, **WINDOW}),
 }
 GENERIC = {
-    "gpt2": {},
-    "helium": {},
-    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "jais2": {},
+    "nanochat": {},
+    "seed_oss": {},
 }
 FAMILIES = [name for name in families.available() if name != "generic"]
 MAIN = ["llama", "gptj", "gpt_neox", "falcon", "falcon-40b", "falcon-rw"]

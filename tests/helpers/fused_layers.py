@@ -67,6 +67,8 @@ def is_whole(name):
     """Whether one operator runs such layers, with our cache."""
     if name in ("cohere-norms", "phi-norms"):  # whose norms have weights for every head, or biases
         return False
+    if name == "gpt_bigcode-mha":  # whose rows go head by head, which those of the others of its family do not
+        return True
     family = families.resolve(family_of(name))
     plain = all(layout.is_plain for layout in family.blocks)
     return plain and not any(layout.concatenated or layout.norms_all_heads for layout in family.attentions)

@@ -30,9 +30,13 @@ WHOLE = [name for name in BLOCKS if is_whole(name)]
 def test_families_that_are_fused():
     assert {"llama", "mistral", "qwen2", "qwen3", "ministral", "gemma", "gptj", "gpt_neox", "falcon"} <= set(WHOLE)
     assert {"starcoder2", "cohere", "cohere2", "ernie4_5", "phi", "smollm3", "stablelm"} <= set(WHOLE)
+    assert {"bloom", "gpt_bigcode-mha"} <= set(WHOLE)
     steps = {
         "cohere-norms",
         "exaone4",
+        "gpt2",
+        "gpt_bigcode",
+        "mpt",
         "phi-norms",
         "phi3",
         "gemma2",

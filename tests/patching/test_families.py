@@ -75,7 +75,7 @@ def test_any_family_can_be_treated_as_generic(name):
         )
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "jais2"])
 def test_plain_attention_that_was_chosen_before_stays_until_another_is(name):
     model = decoder(name)
     model.set_attn_implementation("eager")
@@ -91,7 +91,7 @@ def test_plain_attention_that_was_chosen_before_stays_until_another_is(name):
     assert len(got.attentions) == 2
     for a, b in zip(got.attentions, want.attentions, strict=True):
         torch.testing.assert_close(a, b)
-    patched.set_attn_implementation("torch_int4" if name == "gpt2" else "sdpa")
+    patched.set_attn_implementation("torch_int4" if name == "jais2" else "sdpa")
     with torch.no_grad(), Calls() as calls:
         assert_near(patched(prompt(), attention_mask=mask).logits[mask.bool()], want.logits[mask.bool()], 2e-3)
     assert calls.attended == 2
@@ -152,7 +152,7 @@ def test_arguments_that_nobody_reads_change_nothing(name):
     assert calls.attended == 2 * 5
 
 
-@pytest.mark.parametrize("name", ["llama", "helium"])
+@pytest.mark.parametrize("name", ["llama", "jais2"])
 def test_what_somebody_elses_attention_reads_reaches_it(name):
     seen = []
 

@@ -24,6 +24,8 @@ class AttentionLayout:
         softcap: of the attribute with the cap of the scores, if there can be one.
         norms: of the norms of query and key heads, before the rotation, if there are any.
         norms_all_heads: whether such a norm takes all heads of a token together, and not each by itself.
+        norms_heads_first: whether such a norm takes heads before tokens.
+        key_factor: of the attribute that keys are multiplied by, if there is one.
         positions: of the buffer `[positions, features]` of sines followed by cosines, from which rows are taken by
             the argument `position_ids`; None where the argument `position_embeddings` brings (cosines, sines).
         rotates: whether queries and keys are rotated.
@@ -53,6 +55,8 @@ class AttentionLayout:
     softcap: str | None = None
     norms: tuple[str, str] | None = None
     norms_all_heads: bool = False
+    norms_heads_first: bool = False
+    key_factor: str | None = None
     positions: str | None = None
     rotates: bool = True
     unrotated: str | None = None
@@ -94,6 +98,7 @@ class AttentionLayout:
             self.head_dim,
             self.scale,
             self.softcap,
+            self.key_factor,
             self.positions,
             self.repeats_kv,
             self.heads,

@@ -21,6 +21,7 @@ class BlockLayout:
             as one of experts, and that of the norms where they are `torch.nn.LayerNorm`. Modules that compute anything
             else are left alone.
         when: (attribute of the decoder layer, such as "config.parallel_attn", value) of those that this is true of.
+        absent: names of arguments of `forward`, such as the states of an encoder, that are None where this is true.
         input_norm: name of the norm before attention; None where attention gets x.
         attention: name of the attention module, whose family has an `AttentionLayout`.
         attention_norm: name of the norm of what attention gives, if there is one.
@@ -49,6 +50,7 @@ class BlockLayout:
 
     forwards: tuple[str, str | None, str | None]
     when: tuple[tuple[str, Any], ...] = ()
+    absent: tuple[str, ...] = ()
     input_norm: str | None = "input_layernorm"
     attention: str = "self_attn"
     attention_norm: str | None = None

@@ -130,6 +130,8 @@ class FusedAttention(StockAttention):
         cache, mask = kwargs.get(self.torch_int4_data.cache), self.mask(kwargs)
         if layout.norms is not None:
             query, key = (_normed(self, *each) for each in zip(layout.norms, (query, key), strict=True))
+        if layout.key_factor is not None:
+            key = key * getattr(self, layout.key_factor)
         cos, sin, rotary = self.rotation(kwargs)
         options = self.scoring()
         if isinstance(cache, Int4Cache):
@@ -302,7 +304,11 @@ def _rotate(
 
 def _normed(module: Any, norm: str, heads: Tensor) -> Tensor:
     """Heads `[batch, tokens, heads, head size]` after the norm of that name."""
-    if not module.torch_int4_data.layout.norms_all_heads:
+    layout = module.torch_int4_data.layout
+    if layout.norms_heads_first:
+        normed: Tensor = getattr(module, norm)(heads.transpose(1, 2)).transpose(1, 2)
+        return normed
+    if not layout.norms_all_heads:
         return getattr(module, norm)(heads)
     return getattr(module, norm)(heads.flatten(2)).view(heads.shape)
 

@@ -33,7 +33,9 @@ class FusedBlock(Mixin):
         """`[batch, tokens, features]` to the same."""
         known = self.torch_int4_data
         args, kwargs = named(args, kwargs, known.positional)
-        output = None if args else _run(self, hidden_states, kwargs if known.cache is None else _renamed(self, kwargs))
+        output = None
+        if not args and not any(kwargs.get(name) is not None for name in known.layout.absent):
+            output = _run(self, hidden_states, kwargs if known.cache is None else _renamed(self, kwargs))
         if output is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         return (output, None) if known.layout.returns_weights else output

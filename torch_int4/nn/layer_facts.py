@@ -48,7 +48,8 @@ class LayerFacts:
     @property
     def is_whole(self) -> bool:
         """Whether one operator can run all of the layer."""
-        plain = self.layout.is_plain and not self.attention.torch_int4_data.layout.concatenated
+        inner = self.attention.torch_int4_data.layout
+        plain = self.layout.is_plain and not inner.concatenated and inner.key_factor is None
         return plain and self.head_norms is not None and LINEAR.agree(self.linears)
 
     def whole(self) -> dict[str, Any]:

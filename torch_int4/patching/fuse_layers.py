@@ -89,9 +89,8 @@ def _check_settings(module: nn.Module, layout: BlockLayout, family: Family) -> s
         return "takes no KV cache by a name that torch_int4 knows"
     from torch_int4.nn.attention import HARMLESS
 
-    inner = attention.torch_int4_data
-    refused = inner.read or ()  # by attention, unless they are None
-    known = {*HARMLESS, cache, *refused, *filter(None, [inner.layout.unrotated, inner.layout.bias])}
+    inner = attention.torch_int4_data.layout
+    known = {*HARMLESS, cache, *layout.absent, *filter(None, [inner.unrotated, inner.bias])}
     for name in parameters(kind.forward) - known:
         return f"takes an argument {name}, which torch_int4 does not know"
     return None
