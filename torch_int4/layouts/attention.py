@@ -18,6 +18,8 @@ class AttentionLayout:
         projections: of the linears for query, key and value; or of the single one that gives all three, per kv head
             its query heads, the key and the value.
         concatenated: whether that single one gives all queries, then all keys, then all values.
+        gated: whether the linear for queries gives, per head, the query and a gate, by whose sigmoid what attention
+            gives is multiplied.
         output: of the output projection.
         head_dim: of the attribute with the size of a head.
         scale: of the attribute with the factor of the scores, None for `head_dim ** -0.5`.
@@ -49,6 +51,7 @@ class AttentionLayout:
     when: tuple[tuple[str, Any], ...] = ()
     projections: tuple[str, ...] | str = ("q_proj", "k_proj", "v_proj")
     concatenated: bool = False
+    gated: bool = False
     output: str = "o_proj"
     head_dim: str = "head_dim"
     scale: str | None = "scaling"
@@ -80,6 +83,11 @@ class AttentionLayout:
     def features_per_column(self) -> int:
         """How many features a column of cosines or sines rotates."""
         return 1 if self.positions is None and not self.sines_first else 2
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether attention has nothing that operators of whole layers lack."""
+        return not self.concatenated and not self.gated and self.key_factor is None
 
     @cached_property
     def linears(self) -> tuple[str, ...]:

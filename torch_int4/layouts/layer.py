@@ -29,6 +29,7 @@ class BlockLayout:
             as attention has none.
         mlp: name of the MLP, which computes down(activation(gate(x)) * up(x)); where it is called, whatever it does. ""
             where the layer itself holds the linears and the activation.
+        beside_mlp: name of a second one of the same input, whose output is added, beside an MLP that is called.
         mlp_norm: name of the norm of what the MLP gives, if there is one.
         gate: name of the linear whose output goes through the activation; `up` and `down` name the others. None
             where the MLP computes down(activation(up(x))).
@@ -56,6 +57,7 @@ class BlockLayout:
     attention_norm: str | None = None
     post_norm: str | None = "post_attention_layernorm"
     mlp: str = "mlp"
+    beside_mlp: str | None = None
     mlp_norm: str | None = None
     gate: str | None = "gate_proj"
     up: str | None = "up_proj"

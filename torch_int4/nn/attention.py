@@ -71,13 +71,26 @@ class FusedAttention(StockAttention):
             return super().forward(hidden_states, *args, **kwargs)
         layout = self.torch_int4_data.layout
         outputs = [getattr(self, name)(hidden_states) for name in layout.linears]
-        output = self.attend_heads(*self.split_heads(outputs), kwargs)
-        output = getattr(self, layout.output)(output)
+        output = getattr(self, layout.output)(self.attend(outputs, kwargs))
         return output if layout.residual is None else kwargs[layout.residual] + output, None
 
     def serves(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether the operators give what the stock module would for these arguments of `forward`."""
         return _is_served(self, self.torch_int4_data, hidden_states, kwargs.get("attention_mask"), kwargs)
+
+    def attend(self, outputs: Sequence[Tensor], kwargs: dict[str, Any]) -> Tensor:
+        """The input of the output projection, `[batch, tokens, features]`.
+
+        Args:
+            outputs: of the projections.
+            kwargs: arguments of `forward`, which `serves` has seen.
+        """
+        if not self.torch_int4_data.layout.gated:
+            return self.attend_heads(*self.split_heads(outputs), kwargs)
+        _, size = self.kv_sizes()
+        query, gate = outputs[0].view(*outputs[0].shape[:2], -1, 2 * size).chunk(2, dim=-1)
+        heads = self.split_heads([query.reshape(*outputs[0].shape[:2], -1), *outputs[1:]])
+        return self.attend_heads(*heads, kwargs) * torch.sigmoid(gate.flatten(2))
 
     def split_heads(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, `[batch, tokens, their heads, head size]`, of what the projections gave."""

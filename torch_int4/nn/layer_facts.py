@@ -48,8 +48,7 @@ class LayerFacts:
     @property
     def is_whole(self) -> bool:
         """Whether one operator can run all of the layer."""
-        inner = self.attention.torch_int4_data.layout
-        plain = self.layout.is_plain and not inner.concatenated and inner.key_factor is None
+        plain = self.layout.is_plain and self.attention.torch_int4_data.layout.is_plain
         return plain and self.head_norms is not None and LINEAR.agree(self.linears)
 
     def whole(self) -> dict[str, Any]:

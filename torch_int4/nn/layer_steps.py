@@ -23,9 +23,10 @@ class LayerSteps:
         layout = facts.layout
         self._attention, self._parallel = facts.attention, layout.parallel
         self._first, self._output = facts.first_step(), facts.output_step()
-        self._called, self._mlp, self._halves = None, None, {}
+        self._called, self._beside, self._mlp, self._halves = None, None, None, {}
         if layout.calls_mlp:
             self._called, self._given = facts.mlp, facts.given_step()
+            self._beside = None if layout.beside_mlp is None else facts.block._modules[layout.beside_mlp]
         elif layout.up is not None and not layout.calls_activation:
             self._mlp = facts.mlp_step()
         else:
@@ -37,13 +38,14 @@ class LayerSteps:
     def run(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The layer's output `[batch, tokens, features]` for the arguments of its `forward`."""
         attention = self._attention
-        attended = attention.attend_heads(*attention.split_heads(_linears(x, self._first)), kwargs)
+        attended = attention.attend(_linears(x, self._first), kwargs)
         total = self._linear_sum(attended, x, self._output, self._attention_norm)
         given = x if self._parallel else total
         if self._called is not None:
             if self._given:
                 given = call(torch.ops.torch_int4.normalize.default, given, **self._given)
-            return self._sum(self._called(given), total, self._mlp_norm)
+            added = self._called(given) if self._beside is None else self._called(given) + self._beside(given)
+            return self._sum(added, total, self._mlp_norm)
         if self._mlp is None:
             inner = _linears(given, self._halves)[0]
             if self._gated:

@@ -100,7 +100,7 @@ def _check_children(module: nn.Module, layout: BlockLayout, family: Family) -> s
     inside, outside = (*layout.linears, layout.activation), (*layout.norms, layout.attention)
     if not layout.mlp:
         return wrong_children(module, (*outside, *inside))
-    reason = wrong_children(module, (*outside, layout.mlp))
+    reason = wrong_children(module, (*outside, layout.mlp, *filter(None, [layout.beside_mlp])))
     if reason is not None or layout.calls_mlp:
         return reason
     return wrong_children(layout.mlp_of(module), inside, f"its {layout.mlp} ")
