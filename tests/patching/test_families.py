@@ -27,7 +27,10 @@ def test_a_family_is_data_about_modules_that_exist(name):
         [m for m in model.modules() if all(hasattr(m, n) for n in (*layout.children, *layout.attributes))]
         for layout in family.attentions
     ]
-    assert sorted(map(len, found))[-1] == 2
+    assert not found or sorted(map(len, found))[-1] == 2
+    for group in family.shared_inputs if not found else ():
+        holders = [m for m in model.modules() if all(linear in m._modules for linear in group)]
+        assert holders or group == ("q_proj", "kv_a_proj_with_mqa")  # of models that compress no queries
 
 
 @pytest.mark.parametrize(
@@ -41,6 +44,8 @@ def test_a_family_is_data_about_modules_that_exist(name):
         ("falcon-rw", [], 4),  # the MLP comes after attention
         ("gpt_neox", [], 4),
         ("gpt2", [], 4),
+        ("lfm2", [3, 2], 2),  # q k v, w1 w3; out_proj, w2
+        ("opt", [3], 3),
     ],
 )
 def test_linears_with_one_input_are_one_call(name, linears, others):
