@@ -1,4 +1,4 @@
-"""BLOOM: ALiBi, one linear for query, key and value of each head, LayerNorm, and residuals that attention and MLP add."""
+"""BLOOM: ALiBi, one linear for query, key and value of each head, and residuals that attention and MLP add."""
 
 from torch_int4.layouts.attention import AttentionLayout
 from torch_int4.layouts.family import Family

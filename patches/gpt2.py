@@ -1,7 +1,5 @@
 """GPT-2: transformers' `Conv1D` as linears, one for all queries, keys and values, LayerNorm; no rotation."""
 
-import dataclasses
-
 from torch_int4.layouts.attention import AttentionLayout
 from torch_int4.layouts.family import Family
 from torch_int4.layouts.layer import BlockLayout

@@ -1,4 +1,4 @@
-"""Granite 4: its layers with attention as in Granite, with or without experts and a rotation. Those of Mamba stay stock."""
+"""Granite 4: layers with attention as in Granite, with or without experts and a rotation; those of Mamba stay stock."""
 
 import dataclasses
 

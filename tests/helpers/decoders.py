@@ -33,9 +33,8 @@ EXPERTS = {
 }
 FULL = ["full_attention", "full_attention"]
 WINDOW = {"sliding_window": 8}
-UNDROPPED = {
-    name: 0.0
-    for name in (
+UNDROPPED = dict.fromkeys(
+    (
         "attn_pdrop",
         "embd_pdrop",
         "resid_pdrop",
@@ -44,8 +43,9 @@ UNDROPPED = {
         "hidden_dropout",
         "hidden_dropout_prob",
         "attention_probs_dropout_prob",
-    )
-}
+    ),
+    0.0,
+)
 OF_FAMILY = {  # what a family needs besides
     "cwm": {"layer_types": ["sliding_attention", "full_attention"], **WINDOW},
     "falcon": {"ffn_hidden_size": 96, "alibi": False, "multi_query": True, "parallel_attn": True},
@@ -58,7 +58,13 @@ OF_FAMILY = {  # what a family needs besides
     "gpt_bigcode": {"n_inner": 96, **UNDROPPED},
     "gpt_neox": {"intermediate_size": 96, "rope_parameters": {"partial_rotary_factor": 0.25, "rope_theta": 1e4}},
     "bamba": {"attn_layer_indices": [0, 1]},
-    "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "key_multiplier": 0.7},
+    "falcon_h1": {
+        "mamba_d_ssm": 128,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "key_multiplier": 0.7,
+    },
     "gptj": {"rotary_dim": 8},
     "jamba": {"attn_layer_period": 1, "attn_layer_offset": 0, "num_experts": 1, "num_experts_per_tok": 1},
     "lfm2": {"layer_types": FULL, "block_auto_adjust_ff_dim": False},

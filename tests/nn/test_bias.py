@@ -77,7 +77,12 @@ def test_other_biases_are_left_to_the_stock_module(bias, mask, hides):
     ("name", "fields", "fused", "reason"),
     [
         ("mpt", {"attn_config": {"clip_qkv": 6.0}}, 0, "has clip_qkv = 6.0"),
-        ("bloom", {"apply_residual_connection_post_layernorm": True}, 2, "has apply_residual_connection_post_layernorm"),
+        (
+            "bloom",
+            {"apply_residual_connection_post_layernorm": True},
+            2,
+            "has apply_residual_connection_post_layernorm",
+        ),
         ("opt", {"do_layer_norm_before": False}, 2, "has do_layer_norm_before = False"),
         ("olmo", {"clip_qkv": 0.5}, 0, "has config.clip_qkv = 0.5"),
     ],

@@ -12,7 +12,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch_int4.layouts.attention import AttentionLayout
 from torch_int4.layouts.layer import BlockLayout, KnownBlock
 from torch_int4.layouts.roles import LINEAR
-from torch_int4.nn.attention import FLOATS, FusedAttention
+from torch_int4.nn.attend import FLOATS
+from torch_int4.nn.attention import FusedAttention
 from torch_int4.nn.layer_facts import LayerFacts
 from torch_int4.nn.linear import Int4Linear
 

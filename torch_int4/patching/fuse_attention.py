@@ -156,7 +156,7 @@ def _known(module: nn.Module, layout: AttentionLayout, family: Family) -> KnownA
 
 
 def _foreign(module: Any, kind: type, chosen: str) -> str | None:
-    """The reason that a module's attention function is somebody else's, now or by the name that is going to be chosen."""
+    """The reason that a module's attention function is somebody else's, now or by the name that will be chosen."""
     for implementation in (module.config._attn_implementation, chosen):
         function = attention_function(kind, implementation)
         if not _is_stock(function, kind.__module__):
@@ -173,7 +173,10 @@ def _is_stock(function: Any, *places: str) -> bool:
 @functools.cache
 def _arguments_read(kind: type, implementation: str | None) -> frozenset[str] | None:
     """Names of the arguments that stock attention reads, in its `forward` or in the function that this calls."""
-    own, function = forward_arguments(kind), None if implementation is None else attention_function(kind, implementation)
+    own, function = (
+        forward_arguments(kind),
+        None if implementation is None else attention_function(kind, implementation),
+    )
     others = frozenset() if function is None else arguments_read(function)
     return None if own is None or others is None else own | others
 
