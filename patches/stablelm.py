@@ -1,4 +1,4 @@
-"""StableLM: as Llama, with LayerNorm and a rotation of some features. Norms with a weight for each head stay stock."""
+"""StableLM: as Llama, with LayerNorm and a rotation of some features; there may be a norm for each head."""
 
 import dataclasses
 
@@ -14,15 +14,19 @@ SERIAL = BlockLayout(
     norm="layer",
     eps="eps",
 )
+ATTENTION = AttentionLayout(
+    (
+        "bc2515b6cf60bad1",  # up to transformers 5.23
+        "1886a49edb338b65",
+    ),
+)
 PARALLEL = dataclasses.replace(SERIAL, when=(("use_parallel_residual", True),), post_norm=None, parallel=True)
 
 FAMILY = Family(
     shared_inputs=llama.FAMILY.shared_inputs,
-    attention=AttentionLayout(
-        (
-            "bc2515b6cf60bad1",  # up to transformers 5.23
-            "1886a49edb338b65",
-        ),
+    attention=(
+        ATTENTION,
+        dataclasses.replace(ATTENTION, norms=("q_layernorm", "k_layernorm"), norms_heads_first=True),
     ),
     blocks=(SERIAL, PARALLEL),
     folds=(

@@ -108,7 +108,11 @@ def test_folding_leaves_the_float_model_what_it_was(name, transform, monkeypatch
     assert changed
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "arcee"])
+# One has a fact that does not hold, and the pictures of the others go through lists of modules that are no chains.
+NOT_FOLDED = ("arcee", "qwen3_vl_text", "qwen3_vl_moe_text")
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in NOT_FOLDED])
 def test_facts_of_families_hold_where_their_modules_exist(name):
     """A fold that is refused on the blocks of its own family is a wrong fact."""
     _, result = patched(name, "smooth", small(samples=4, batch=2))
@@ -123,9 +127,9 @@ def test_facts_that_do_not_hold_are_found_out_and_said():
 
 
 def test_models_without_facts_skip_the_transform_and_say_so():
-    _, result = patched("opt", "awq+gptq")
-    assert "no scales are folded for self_attn.k_proj" in str(result.torch_int4_report)
-    _, plain = patched("opt", "gptq")
+    _, result = patched("jais2", "awq+gptq")
+    assert "no scales are folded for self_attn.q_proj" in str(result.torch_int4_report)
+    _, plain = patched("jais2", "gptq")
     for name, module in int4s(plain).items():
         assert torch.equal(module.to_weight().codes, int4s(result)[name].to_weight().codes)
 

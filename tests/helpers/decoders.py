@@ -31,7 +31,21 @@ EXPERTS = {
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,
 }
+FULL = ["full_attention", "full_attention"]
 WINDOW = {"sliding_window": 8}
+UNDROPPED = dict.fromkeys(
+    (
+        "attn_pdrop",
+        "embd_pdrop",
+        "resid_pdrop",
+        "dropout",
+        "attention_dropout",
+        "hidden_dropout",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+    ),
+    0.0,
+)
 OF_FAMILY = {  # what a family needs besides
     "cwm": {"layer_types": ["sliding_attention", "full_attention"], **WINDOW},
     "falcon": {"ffn_hidden_size": 96, "alibi": False, "multi_query": True, "parallel_attn": True},
@@ -40,13 +54,31 @@ OF_FAMILY = {  # what a family needs besides
     "exaone4": {"layer_types": ["sliding_attention", "full_attention"], **WINDOW},
     "gemma2": {"query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0, **WINDOW},
     "gemma3_text": {"query_pre_attn_scalar": 24, "layer_types": ["sliding_attention", "full_attention"], **WINDOW},
+    "gpt2": {"n_inner": 96, **UNDROPPED},
+    "gpt_bigcode": {"n_inner": 96, **UNDROPPED},
     "gpt_neox": {"intermediate_size": 96, "rope_parameters": {"partial_rotary_factor": 0.25, "rope_theta": 1e4}},
+    "bamba": {"attn_layer_indices": [0, 1]},
+    "falcon_h1": {
+        "mamba_d_ssm": 128,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "key_multiplier": 0.7,
+    },
     "gptj": {"rotary_dim": 8},
     "gpt_oss": {**EXPERTS, "layer_types": ["sliding_attention", "full_attention"], **WINDOW},
+    "jamba": {"attn_layer_period": 1, "attn_layer_offset": 0, "num_experts": 1, "num_experts_per_tok": 1},
+    "lfm2": {"layer_types": FULL, "block_auto_adjust_ff_dim": False},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64, **UNDROPPED},
     "granite": {"attention_multiplier": 0.5, "residual_multiplier": 0.6},
+    "mpt": {"use_cache": True},
     "ministral": {"layer_types": ["sliding_attention", "full_attention"], **WINDOW},
     "mistral": WINDOW,
     "olmo3": {"layer_types": ["sliding_attention", "full_attention"], **WINDOW},
+    "biogpt": UNDROPPED,
+    "persimmon": {"qk_layernorm": False, **UNDROPPED},
+    "qwen3_5_text": {"layer_types": FULL},
+    "xglm": {"ffn_dim": 96, "add_cross_attention": False, **UNDROPPED},
     "phi": {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 1e4, "rope_type": "default"}},
     "phi3": WINDOW,
     "phimoe": {**EXPERTS, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
@@ -74,13 +106,29 @@ SPARSE = {  # models with experts, of families and of none
     "glm4_moe": {"use_qk_norm": True, **CHOSEN},
     "gpt_oss": {},
     "granitemoe": {},
-    "lfm2_moe": {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
+    "granitemoehybrid": {"layer_types": ["attention", "attention"], "shared_intermediate_size": 32},
+    "granitemoeshared": {"shared_intermediate_size": 32},
+    "lfm2_moe": {"num_dense_layers": 1, "layer_types": FULL},
     "minimax": {},
     "olmoe": {},
-    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_5_moe_text": {"layer_types": FULL},
+    "qwen3_next": {"layer_types": FULL},
+    "qwen3_vl_moe_text": {},
     "solar_open": CHOSEN,
 }
-NOT_GROUPED = ("falcon", "gpt_neox", "gptj", "gpt2", "opt")
+NOT_GROUPED = (
+    "biogpt",
+    "bloom",
+    "falcon",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neox",
+    "gptj",
+    "mpt",
+    "opt",
+    "persimmon",
+    "xglm",
+)
 VARIANTS = {
     "cohere-norms": ("cohere", {"use_qk_norm": True, "logit_scale": 1.0}),
     "falcon-40b": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 96}),
@@ -88,23 +136,38 @@ VARIANTS = {
         "falcon",
         {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True, "ffn_hidden_size": 96},
     ),
+    "gpt_bigcode-mha": ("gpt_bigcode", {"multi_query": False, "n_inner": 96, **UNDROPPED}),
     "gpt_neox-serial": ("gpt_neox", {"use_parallel_residual": False, "intermediate_size": 96}),
     "glm4_moe-plain": ("glm4_moe", {**EXPERTS, **CHOSEN, "use_qk_norm": False}),
     "gpt_oss-limits": ("gpt_oss", {**EXPERTS, "swiglu_limit": 0.5, "swiglu_alpha": 1.5}),
     "llama-mha": ("llama", {"num_key_value_heads": 4, "attention_bias": True}),
     "llama-odd": ("llama", {"head_dim": 18, "hidden_size": 72, "intermediate_size": 104}),
+    "granitemoehybrid-dense": (
+        "granitemoehybrid",
+        {
+            "layer_types": ["attention", "attention"],
+            "shared_intermediate_size": 96,
+            "num_local_experts": 0,
+            "position_embedding_type": "rope",
+        },
+    ),
+    "opt-gelu": ("opt", {"activation_function": "gelu", "ffn_dim": 96, "word_embed_proj_dim": 64, **UNDROPPED}),
+    "persimmon-norms": ("persimmon", {"qk_layernorm": True, **UNDROPPED}),
+    "stablelm-norms": ("stablelm", {"qk_layernorm": True}),
     "phi-norms": ("phi", {"qk_layernorm": True}),
     "stablelm-parallel": ("stablelm", {"use_parallel_residual": True}),
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "max_window_layers": 1, **WINDOW}),
 }
 GENERIC = {
-    "gpt2": {},
-    "helium": {},
-    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "jais2": {},
+    "nanochat": {},
+    "seed_oss": {},
 }
 FAMILIES = [name for name in families.available() if name != "generic"]
+HYBRID = ("falcon_h1",)  # layers with attention and something else besides, which keep states that no `Int4Cache` has
 MAIN = ["llama", "gptj", "gpt_neox", "falcon", "falcon-40b", "falcon-rw"]
-FUSED = [*FAMILIES, *VARIANTS]
+UNFUSED = [name for name in FAMILIES if not families.resolve(name).attentions]  # of which only linears are known
+FUSED = [*(name for name in FAMILIES if name not in (*HYBRID, *UNFUSED)), *VARIANTS]
 ALL = [*FUSED, *GENERIC]
 
 

@@ -21,6 +21,10 @@ STEPS = ("norm_linears", "linear_add", "mlp")
 OPERATORS = (*STEPS, "decoder_layer", "prepared_decoder_layers")
 
 
+# Models that are whole, while others of their families are not.
+WHOLE = ("biogpt", "gpt_bigcode-mha", "jamba", "opt-gelu", "stablelm", "stablelm-parallel", "xglm")
+
+
 def blocks_of(model):
     """The fused layers of a model."""
     return [module for module in model.modules() if isinstance(module, FusedBlock)]
@@ -40,7 +44,7 @@ def _is_whole(layout, block):
     norms = [getattr(getattr(block, layout.attention), name) for name in attention.norms or ()]
     each = not attention.norms_all_heads and all(norm._parameters.keys() == {"weight"} for norm in norms)
     each = each and all(norm.weight.dim() == 1 for norm in norms)
-    return layout.is_plain and not attention.concatenated and each
+    return layout.is_plain and attention.is_plain and each
 
 
 def _in_steps(block):
@@ -53,9 +57,10 @@ def _in_steps(block):
     if layout.calls_mlp:
         counts["normalize"] += layout.post_norm is not None or layout.input_norm is not None
         with torch.no_grad(), Calls() as inside:
-            getattr(block, layout.mlp)(torch.randn(2, 12, 64))
+            for name in filter(None, (layout.mlp, layout.beside_mlp)):
+                getattr(block, name)(torch.randn(2, 12, 64))
         counts += inside.counts
-    elif layout.up is None:
+    elif layout.up is None or layout.calls_activation:
         counts["norm_linears"] += 1
         counts["int4_linear" if apart else "linear_add"] += 1
     else:
@@ -65,11 +70,13 @@ def _in_steps(block):
 
 def is_whole(name):
     """Whether one operator runs such layers, with our cache."""
-    if name in ("cohere-norms", "phi-norms"):  # whose norms have weights for every head, or biases
+    if name in ("cohere-norms", "phi-norms", "stablelm-norms"):  # whose norms have weights for every head, or biases
         return False
+    if name in WHOLE:
+        return True
     family = families.resolve(family_of(name))
     plain = all(layout.is_plain for layout in family.blocks)
-    return plain and not any(layout.concatenated or layout.norms_all_heads for layout in family.attentions)
+    return plain and all(layout.is_plain and not layout.norms_all_heads for layout in family.attentions)
 
 
 def unfused(name, **options):

@@ -61,7 +61,7 @@ def test_same_tokens_as_generate_or_refused(name: str) -> None:
 
 
 def test_known_models_are_served_and_known_traps_refused() -> None:
-    for name in ("llama", "gpt_neox", "mistral", "qwen2", "opt"):
+    for name in ("llama", "gpt_neox", "mistral", "qwen2", "jais2", "opt"):
         require_paged(decoder(name))
     old = Version(transformers.__version__) < Version("5.24")
     for name in ("falcon", "falcon-rw", "gemma2", *(["gptj"] if old else [])):
@@ -70,7 +70,7 @@ def test_known_models_are_served_and_known_traps_refused() -> None:
 
 
 def test_failed_start_leaves_the_attention_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = patch(decoder("opt"))
+    model = patch(decoder("jais2"))
     before = model.config._attn_implementation
     assert before == "torch_int4"
     with pytest.raises(TypeError):

@@ -24,6 +24,8 @@ STACKED = ["gemma", "gpt_neox", "gpt_neox-serial", "llama", "llama-mha", "llama-
 STACKED += [
     "cohere",
     "ernie4_5",
+    "helium",
+    "jamba",
     "phi",
     "qwen2_5_vl_text",
     "qwen2_vl_text",

@@ -21,17 +21,24 @@ class BlockLayout:
             as one of experts, and that of the norms where they are `torch.nn.LayerNorm`. Modules that compute anything
             else are left alone.
         when: (attribute of the decoder layer, such as "config.parallel_attn", value) of those that this is true of.
+        absent: names of arguments of `forward`, such as the states of an encoder, that are None where this is true.
         input_norm: name of the norm before attention; None where attention gets x.
         attention: name of the attention module, whose family has an `AttentionLayout`.
         attention_norm: name of the norm of what attention gives, if there is one.
         post_norm: name of the norm before the MLP; None where the MLP's norm is that before attention, or it has none
             as attention has none.
-        mlp: name of the MLP, which computes down(activation(gate(x)) * up(x)); where it is called, whatever it does.
+        mlp: name of the MLP, which computes down(activation(gate(x)) * up(x)); where it is called, whatever it does. ""
+            where the layer itself holds the linears and the activation.
+        beside_mlp: name of a second one of the same input, whose output is added, beside an MLP that is called.
         mlp_norm: name of the norm of what the MLP gives, if there is one.
         gate: name of the linear whose output goes through the activation; `up` and `down` name the others. None
             where the MLP computes down(activation(up(x))).
         up: None where the linear `gate` gives both, one half after the other.
         activation: name of the attribute of the MLP that holds the activation.
+        own_activation: (name of its class, what the operators call it) of an activation that is not one of
+            transformers' own; it is compared with theirs before it is used.
+        calls_activation: whether the activation is called as the module that it is, of whatever kind, between `up` and
+            `down`; there is no `gate` then.
         parallel: whether the MLP gets the x that attention gets, instead of the sum.
         returns_weights: whether the stock layer returns (x, attention weights) and not x alone.
         residual_scale: name of the attribute of the layer with the factor of what attention and the MLP give, if
@@ -44,16 +51,20 @@ class BlockLayout:
 
     forwards: tuple[str, str | None, str | None]
     when: tuple[tuple[str, Any], ...] = ()
+    absent: tuple[str, ...] = ()
     input_norm: str | None = "input_layernorm"
     attention: str = "self_attn"
     attention_norm: str | None = None
     post_norm: str | None = "post_attention_layernorm"
     mlp: str = "mlp"
+    beside_mlp: str | None = None
     mlp_norm: str | None = None
     gate: str | None = "gate_proj"
     up: str | None = "up_proj"
     down: str = "down_proj"
     activation: str = "act_fn"
+    own_activation: tuple[str, str] | None = None
+    calls_activation: bool = False
     parallel: bool = False
     returns_weights: bool = False
     residual_scale: str | None = None
@@ -72,6 +83,10 @@ class BlockLayout:
         """Whether the MLP is called, so that operators run all of the layer but this."""
         return self.forwards[1] is None
 
+    def mlp_of(self, layer: Any) -> Any:
+        """The module that holds the MLP's linears, None where there is no such."""
+        return layer._modules.get(self.mlp) if self.mlp else layer
+
     @cached_property
     def norms(self) -> tuple[str, ...]:
         """Names of the norms, of which there is at least one: those before attention and the MLP, then the others."""
@@ -82,7 +97,8 @@ class BlockLayout:
         """Whether norms and factors are only where operators of whole layers have them, and gate and up are two linears
         that these run."""
         others = (self.attention_norm, self.mlp_norm, self.residual_scale)
-        return self.input_norm is not None and others == (None,) * 3 and self.up is not None and not self.calls_mlp
+        called = self.calls_mlp or self.calls_activation
+        return self.input_norm is not None and others == (None,) * 3 and self.up is not None and not called
 
     @cached_property
     def norm_role(self) -> Role:
@@ -97,8 +113,18 @@ class BlockLayout:
 
 @dataclass(frozen=True)
 class KnownBlock:
-    """A layout, and the classes of the modules that it was found true of."""
+    """A layout, and facts about the class of layers that it was found true of.
+
+    Attributes:
+        layout: where they keep things.
+        mlp: class of their MLP.
+        norm: class of their norms.
+        positional: names of the arguments of `forward` after the first one, in their order.
+        cache: name of the argument of `forward` that holds the KV cache, where that of attention has another name.
+    """
 
     layout: BlockLayout
     mlp: Any
     norm: Any
+    positional: tuple[str, ...] = ()
+    cache: str | None = None

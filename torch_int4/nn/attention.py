@@ -15,10 +15,11 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from torch_int4.cache.int4_cache import Int4Cache
 from torch_int4.layouts.attention import AttentionLayout, KnownAttention
+from torch_int4.nn.attend import FLOATS, additive, attend, is_mask
+from torch_int4.nn.bias import biased, is_bias
 from torch_int4.ops.calls import call
 from torch_int4.support.mixins import Mixin
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Arguments that the operators follow, or that change nothing here. Any other one that the stock module reads, unless it
 # is None, is left to the stock module.
 HARMLESS = frozenset(
@@ -38,13 +39,22 @@ HARMLESS = frozenset(
 )
 
 
+def named(
+    args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call, those given by their place under these names; as they are where that is wrong."""
+    if not args or len(args) > len(names) or any(name in kwargs for name in names[: len(args)]):
+        return args, kwargs
+    return (), {**dict(zip(names, args, strict=False)), **kwargs}
+
+
 class StockAttention(Mixin):
     """The stock module, which adds its mask where it records weights: a bool one would hide nothing then."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The output of the stock module, with a mask that can be added."""
         mask = kwargs.get("attention_mask")
-        if kwargs.get("output_attentions") and isinstance(mask, Tensor):
+        if kwargs.get("output_attentions") and isinstance(mask, Tensor) and _adds_masks(self):
             kwargs["attention_mask"] = additive(mask, hidden_states.dtype)
         return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
 
@@ -56,16 +66,31 @@ class FusedAttention(StockAttention):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """`[batch, tokens, features]` to the same, and None for the attention weights; or what the stock one gives."""
+        args, kwargs = named(args, kwargs, self.torch_int4_data.positional)
         if args or not self.serves(hidden_states, kwargs):
             return super().forward(hidden_states, *args, **kwargs)
         layout = self.torch_int4_data.layout
         outputs = [getattr(self, name)(hidden_states) for name in layout.linears]
-        output = self.attend_heads(*self.split_heads(outputs), kwargs)
-        return getattr(self, layout.output)(output), None
+        output = getattr(self, layout.output)(self.attend(outputs, kwargs))
+        return output if layout.residual is None else kwargs[layout.residual] + output, None
 
     def serves(self, hidden_states: Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether the operators give what the stock module would for these arguments of `forward`."""
         return _is_served(self, self.torch_int4_data, hidden_states, kwargs.get("attention_mask"), kwargs)
+
+    def attend(self, outputs: Sequence[Tensor], kwargs: dict[str, Any]) -> Tensor:
+        """The input of the output projection, `[batch, tokens, features]`.
+
+        Args:
+            outputs: of the projections.
+            kwargs: arguments of `forward`, which `serves` has seen.
+        """
+        if not self.torch_int4_data.layout.gated:
+            return self.attend_heads(*self.split_heads(outputs), kwargs)
+        _, size = self.kv_sizes()
+        query, gate = outputs[0].view(*outputs[0].shape[:2], -1, 2 * size).chunk(2, dim=-1)
+        heads = self.split_heads([query.reshape(*outputs[0].shape[:2], -1), *outputs[1:]])
+        return self.attend_heads(*heads, kwargs) * torch.sigmoid(gate.flatten(2))
 
     def split_heads(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, `[batch, tokens, their heads, head size]`, of what the projections gave."""
@@ -95,6 +120,13 @@ class FusedAttention(StockAttention):
             cos, sin = cos[..., ::2].contiguous(), sin[..., ::2].contiguous()
         return cos, sin, {"rotary_dim": dim, "interleaved": layout.interleaved}
 
+    def mask(self, kwargs: dict[str, Any]) -> Tensor | None:
+        """What operators take as the mask: that of `forward`, and what else is added to the scores."""
+        layout, mask = self.torch_int4_data.layout, kwargs.get("attention_mask")
+        if layout.bias is None or mask is None:
+            return mask
+        return biased(mask, kwargs[layout.bias], _heads(self, layout), hides=layout.hides)
+
     def scoring(self) -> dict[str, float]:
         """The factor and the cap of the products of queries and keys."""
         layout = self.torch_int4_data.layout
@@ -108,9 +140,11 @@ class FusedAttention(StockAttention):
             kwargs: arguments of `forward`, which `serves` has seen.
         """
         layout = self.torch_int4_data.layout
-        cache, mask = kwargs.get(self.torch_int4_data.cache), kwargs.get("attention_mask")
+        cache, mask = kwargs.get(self.torch_int4_data.cache), self.mask(kwargs)
         if layout.norms is not None:
             query, key = (_normed(self, *each) for each in zip(layout.norms, (query, key), strict=True))
+        if layout.key_factor is not None:
+            key = key * getattr(self, layout.key_factor)
         cos, sin, rotary = self.rotation(kwargs)
         options: dict[str, Any] = self.scoring()
         if layout.sinks is not None:
@@ -132,66 +166,6 @@ class FusedAttention(StockAttention):
         return "fused by torch_int4"
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    *,
-    causal: bool,
-    scale: float,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Attention over the keys that a cache of transformers hands out, `[batch, tokens, heads, value head size]`.
-
-    Args:
-        query: `[batch, tokens, heads, head size]`, of a float type.
-        key: `[batch, kv heads, keys, head size]`.
-        value: `[batch, kv heads, keys, value head size]`.
-        mask: `[batch or 1, heads or 1, tokens or 1, keys]`, bool (True attends) or float (added), or None.
-        causal: whether several tokens without a mask see only the keys up to their own. A single token sees all keys.
-        scale: factor of the scores.
-        softcap: bound of the scores, by a tanh; 0 leaves them unbounded.
-        sinks: `[heads]`, a score of each head that has no value, or None.
-    """
-    tokens = query.shape[1]
-    causal = causal and mask is None and tokens > 1
-    if causal and key.shape[2] > tokens:  # the first tokens in a cache of fixed size, whose other places are empty
-        key, value = key[:, :, :tokens], value[:, :, :tokens]
-    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
-    output: Tensor = call(
-        torch.ops.torch_int4.attention.default,
-        query,
-        key,
-        value,
-        None,
-        None,
-        None,
-        mask,
-        None,
-        scale=scale,
-        causal=causal,
-        softcap=softcap,
-        sinks=sinks,
-    )
-    return output
-
-
-def is_mask(mask: Any) -> bool:
-    """Whether the operators take this as a mask; None is one."""
-    if mask is None:
-        return True
-    return isinstance(mask, Tensor) and mask.dim() == 4 and (mask.dtype == torch.bool or mask.dtype in FLOATS)
-
-
-def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bool mask (True attends) as one that is added to scores of that dtype; others as they are."""
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-
-
 def _is_served(module: Any, known: KnownAttention, x: Tensor, mask: Any, kwargs: dict[str, Any]) -> bool:
     """Whether the operators give what the stock module would."""
     layout = known.layout
@@ -199,17 +173,31 @@ def _is_served(module: Any, known: KnownAttention, x: Tensor, mask: Any, kwargs:
         return False
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in module.parameters())):
         return False
-    if kwargs.get("output_attentions") or not is_mask(mask) or (mask is None and not module.is_causal):
+    if kwargs.get("output_attentions") or not is_mask(mask):
         return False
+    if layout.implementation is None:
+        if mask is None:
+            return False
     # The user chose another one since; a config takes a microsecond for each attribute that it is asked for.
-    if vars(module.config)["_attn_implementation_internal"] != layout.implementation:
+    elif vars(module.config)["_attn_implementation_internal"] != layout.implementation or (
+        mask is None and not module.is_causal
+    ):
         return False
+    own = (known.cache, layout.unrotated, layout.bias, layout.residual)
     for name, value in kwargs.items():
-        if name in HARMLESS or value is None or name == known.cache or name == layout.unrotated:
+        if name in HARMLESS or value is None or name in own:
             continue
         if known.read is None or name in known.read:
             return False
+    if layout.bias is not None and not is_bias(kwargs.get(layout.bias), mask, _heads(module, layout), layout.hides):
+        return False
     return _is_cache(module, layout, kwargs.get(known.cache)) and _has_rotation(module, layout, kwargs)
+
+
+def _adds_masks(module: Any) -> bool:
+    """Whether the stock module takes masks of transformers, which are added where weights are recorded."""
+    known = getattr(module, "torch_int4_data", None)
+    return not isinstance(known, KnownAttention) or known.layout.implementation is not None
 
 
 def _is_cache(module: Any, layout: AttentionLayout, cache: Any) -> bool:
@@ -237,8 +225,13 @@ def _kv_heads(module: Any, layout: AttentionLayout) -> int:
     size = getattr(module, layout.head_dim)
     if isinstance(layout.projections, str):
         heads = module._modules[layout.projections].out_features // size
-        return int(heads - module.config.num_attention_heads) // 2
+        return int(heads - _heads(module, layout)) // 2
     return int(module._modules[layout.projections[1]].out_features // size)
+
+
+def _heads(module: Any, layout: AttentionLayout) -> int:
+    """How many queries the projections give."""
+    return int(module.config.num_attention_heads if layout.heads is None else getattr(module, layout.heads))
 
 
 def _rotation(module: Any, layout: AttentionLayout, kwargs: dict[str, Any]) -> tuple[Tensor | None, Tensor | None]:
@@ -276,7 +269,11 @@ def _rotate(
 
 def _normed(module: Any, norm: str, heads: Tensor) -> Tensor:
     """Heads `[batch, tokens, heads, head size]` after the norm of that name."""
-    if not module.torch_int4_data.layout.norms_all_heads:
+    layout = module.torch_int4_data.layout
+    if layout.norms_heads_first:
+        normed: Tensor = getattr(module, norm)(heads.transpose(1, 2)).transpose(1, 2)
+        return normed
+    if not layout.norms_all_heads:
         return getattr(module, norm)(heads)
     return getattr(module, norm)(heads.flatten(2)).view(heads.shape)
 

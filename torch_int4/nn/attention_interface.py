@@ -14,7 +14,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from torch_int4.nn.attention import FLOATS, HARMLESS, additive, attend, is_mask
+from torch_int4.nn.attend import FLOATS, additive, attend, is_mask
+from torch_int4.nn.attention import HARMLESS
 from torch_int4.support.forwards import arguments_read, attention_function, forward_arguments
 
 NAME = "torch_int4"  # transformers looks for "sdpa", "flash", "flex" and "eager" inside of names

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torch_int4.cache.int4_cache import Int4Cache
 from torch_int4.layouts.layer import KnownBlock
+from torch_int4.nn.attention import named
 from torch_int4.nn.layer_facts import LayerFacts
 from torch_int4.nn.layer_parts import find_facts
 from torch_int4.nn.layer_steps import LayerSteps
@@ -30,22 +31,36 @@ class FusedBlock(Mixin):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """`[batch, tokens, features]` to the same."""
-        if args:
-            output = None
-        elif torch.compiler.is_compiling():
-            output = _run_compiled(self, hidden_states, kwargs)
-        else:
-            turn = running.turn
-            output = None if turn is None else turn.run(self, hidden_states, kwargs)
-            if output is None:
-                output = _run_alone(self, hidden_states, kwargs)
+        known = self.torch_int4_data
+        args, kwargs = named(args, kwargs, known.positional)
+        output = None
+        if not args and not any(kwargs.get(name) is not None for name in known.layout.absent):
+            output = _run(self, hidden_states, kwargs if known.cache is None else _renamed(self, kwargs))
         if output is None:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
-        return (output, None) if self.torch_int4_data.layout.returns_weights else output
+        return (output, None) if known.layout.returns_weights else output
 
     def extra_repr(self) -> str:
         """The text that `print(model)` adds."""
         return "fused by torch_int4"
+
+
+def _renamed(block: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a layer, the KV cache under the name that its attention has for it."""
+    known = block.torch_int4_data
+    attention = getattr(block._modules.get(known.layout.attention), "torch_int4_data", None)
+    if attention is None:
+        return kwargs
+    return {attention.cache if name == known.cache else name: value for name, value in kwargs.items()}
+
+
+def _run(block: Any, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+    """The output of a layer, or None where the operators do not serve it."""
+    if torch.compiler.is_compiling():
+        return _run_compiled(block, x, kwargs)
+    turn = running.turn
+    output = None if turn is None else turn.run(block, x, kwargs)
+    return _run_alone(block, x, kwargs) if output is None else output
 
 
 def _run_compiled(block: Any, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
@@ -95,7 +110,7 @@ def _run_whole(facts: LayerFacts, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
         key_scales=cache.key_scales,
         value_scales=cache.value_scales,
         length=cache.length,
-        mask=kwargs.get("attention_mask"),
+        mask=attention.mask(kwargs),
         rotary_dim=rotary["rotary_dim"],
         **attention.scoring(),
     )

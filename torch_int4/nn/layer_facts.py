@@ -48,8 +48,7 @@ class LayerFacts:
     @property
     def is_whole(self) -> bool:
         """Whether one operator can run all of the layer."""
-        attention = self.attention.torch_int4_data.layout
-        plain = self.layout.is_plain and not attention.concatenated and attention.sinks is None
+        plain = self.layout.is_plain and self.attention.torch_int4_data.layout.is_plain
         return plain and self.head_norms is not None and LINEAR.agree(self.linears)
 
     def whole(self) -> dict[str, Any]:
@@ -83,7 +82,8 @@ class LayerFacts:
         return {**norm, **_shared(linears), "down_perm": down, "activation": self.kind}
 
     def halves_step(self) -> dict[str, Any]:
-        """Arguments of `norm_linears` or `int4_linears` of the linear that gives gate and up, besides the input."""
+        """Arguments of `norm_linears` or `int4_linears` of the linear before down, which gives gate and up or up alone,
+        besides the input."""
         return {**self.given_step(), **_shared([self.linears[-2]])}
 
     def down_step(self) -> dict[str, Any]:
@@ -107,8 +107,9 @@ class LayerFacts:
             dtype: of the layer's input, and of the parameters of norms.
         """
         norms, layout = [*self.norms.values(), *(self.head_norms or ())], self.layout
-        holders = (self.attention,) if layout.calls_mlp else (self.attention, self.mlp)
-        activations = () if layout.calls_mlp else (self.activation,)
+        inside = not layout.calls_mlp and self.mlp is not self.block
+        holders = (self.attention, self.mlp) if inside else (self.attention,)
+        activations = () if layout.calls_mlp or layout.calls_activation else (self.activation,)
         modules = [*holders, *activations, *norms, *self.linears]
         guard = Guard(dtype, modules, [norm._parameters["weight"] for norm in norms])
         for module in (self.block, *holders):

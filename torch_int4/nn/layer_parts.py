@@ -12,7 +12,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch_int4.layouts.attention import AttentionLayout
 from torch_int4.layouts.layer import BlockLayout, KnownBlock
 from torch_int4.layouts.roles import LINEAR
-from torch_int4.nn.attention import FLOATS, FusedAttention
+from torch_int4.nn.attend import FLOATS
+from torch_int4.nn.attention import FusedAttention
 from torch_int4.nn.layer_facts import LayerFacts
 from torch_int4.nn.linear import Int4Linear
 
@@ -38,8 +39,8 @@ def find_facts(block: Any, x: Tensor, kwargs: dict[str, Any]) -> LayerFacts | No
     known: KnownBlock = block.torch_int4_data
     layout, modules = known.layout, block._modules
     attention: Any = modules.get(layout.attention)
-    mlp: Any = modules.get(layout.mlp)
-    if not _is_fused(attention) or type(mlp) is not known.mlp or x.dtype not in FLOATS:
+    mlp: Any = layout.mlp_of(block)
+    if not _is_fused(attention) or (mlp is not block and type(mlp) is not known.mlp) or x.dtype not in FLOATS:
         return None
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block.parameters())):
         return None
@@ -49,10 +50,13 @@ def find_facts(block: Any, x: Tensor, kwargs: dict[str, Any]) -> LayerFacts | No
     parts, activation, kind = [attention], None, None
     if not layout.calls_mlp:
         activation = inside.get(layout.activation)
-        kind = ACTIVATIONS.get(type(activation).__name__)
-        if kind is None or mlp.training:
+        kind = activation_kind(activation, layout)
+        if (kind is None and not layout.calls_activation) or mlp.training:
             return None
-        parts += [mlp, activation]
+        if not layout.calls_activation:
+            parts.append(activation)
+        if mlp is not block:
+            parts.append(mlp)
     linears = [attention._modules.get(name) for name in inner.children[: len(inner.linears) + 1]]
     linears += [inside.get(name) for name in layout.linears]
     if not _are_norms(norms, known, norms[0], x) or not _are_plain(linears, Int4Linear):
@@ -65,6 +69,12 @@ def find_facts(block: Any, x: Tensor, kwargs: dict[str, Any]) -> LayerFacts | No
     if head_norms and not (_are_norms(head_norms, known, norms[0], x) and _are_of_heads(head_norms, inner)):
         head_norms = None
     return LayerFacts(block, attention, mlp, named, head_norms, linears, activation, kind)
+
+
+def activation_kind(activation: Any, layout: BlockLayout) -> str | None:
+    """What operators call an activation, None where they have none like it."""
+    name, own = type(activation).__name__, layout.own_activation
+    return own[1] if own is not None and name == own[0] else ACTIVATIONS.get(name)
 
 
 def _is_fused(attention: Any) -> bool:

@@ -15,37 +15,47 @@ class LayerSteps:
     """Norm and projections; rotation and attention; output projection and sum; norm, MLP and sum.
 
     Where what is added has a norm or a factor of its own, those and the sum are steps by themselves; and so is the
-    activation where one linear gives gate and up. An MLP that is called is a step, too, after that of its norm.
+    activation where one linear gives gate and up, or where it is called. An MLP that is called is a step, too, after
+    that of its norm.
     """
 
     def __init__(self, facts: LayerFacts) -> None:
         layout = facts.layout
         self._attention, self._parallel = facts.attention, layout.parallel
         self._first, self._output = facts.first_step(), facts.output_step()
-        self._called, self._mlp, self._halves = None, None, {}
+        self._called, self._beside, self._mlp, self._halves = None, None, None, {}
         if layout.calls_mlp:
             self._called, self._given = facts.mlp, facts.given_step()
-        elif layout.up is not None:
+            self._beside = None if layout.beside_mlp is None else facts.block._modules[layout.beside_mlp]
+        elif layout.up is not None and not layout.calls_activation:
             self._mlp = facts.mlp_step()
         else:
             self._halves, self._down, self._activation = facts.halves_step(), facts.down_step(), facts.activation
+            self._gated = not layout.calls_activation
         self._attention_norm, self._mlp_norm = facts.norm_step(layout.attention_norm), facts.norm_step(layout.mlp_norm)
         self._scale = None if layout.residual_scale is None else getattr(facts.block, layout.residual_scale)
 
     def run(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """The layer's output `[batch, tokens, features]` for the arguments of its `forward`."""
         attention = self._attention
-        attended = attention.attend_heads(*attention.split_heads(_linears(x, self._first)), kwargs)
+        attended = attention.attend(_linears(x, self._first), kwargs)
         total = self._linear_sum(attended, x, self._output, self._attention_norm)
         given = x if self._parallel else total
         if self._called is not None:
             if self._given:
                 given = call(torch.ops.torch_int4.normalize.default, given, **self._given)
             added = self._called(given)
-            return self._sum(added[0] if isinstance(added, tuple) else added, total, self._mlp_norm)  # with scores
+            added = added[0] if isinstance(added, tuple) else added  # with the scores of experts
+            added = added if self._beside is None else added + self._beside(given)
+            return self._sum(added, total, self._mlp_norm)
         if self._mlp is None:
-            gate, up = _linears(given, self._halves)[0].chunk(2, dim=-1)
-            return self._linear_sum(up * self._activation(gate), total, self._down, self._mlp_norm)
+            inner = _linears(given, self._halves)[0]
+            if self._gated:
+                gate, up = inner.chunk(2, dim=-1)
+                inner = up * self._activation(gate)
+            else:
+                inner = self._activation(inner)
+            return self._linear_sum(inner, total, self._down, self._mlp_norm)
         mlp = torch.ops.torch_int4.mlp.default
         if self._adds(self._mlp_norm):
             y: Tensor = call(mlp, given, total, **self._mlp)

@@ -77,7 +77,7 @@ def run_layers(prepared: list[PreparedLayer], x: Tensor, kwargs: dict[str, Any])
         [layer.key_scales for layer in caches],
         [layer.value_scales for layer in caches],
         [layer.length for layer in caches],
-        kwargs.get("attention_mask"),
+        attention.mask(kwargs),
         rotary["rotary_dim"],
         scoring["scale"],
         scoring["softcap"],

@@ -20,6 +20,7 @@ from torch_int4.support.forwards import (
     cache_argument,
     fingerprint,
     forward_arguments,
+    positional,
     tells_apart,
 )
 
@@ -115,8 +116,10 @@ def _fuse_module(module: nn.Module, family: Family | None, kept: bool, refusals:
             continue
         known = _known(module, layout, family)
         if isinstance(known, KnownAttention):
-            config: Any = module.config
-            if not kept:
+            config: Any = getattr(module, "config", None)
+            if layout.implementation is None:
+                pass  # there is one attention only
+            elif not kept:
                 config._attn_implementation_internal = layout.implementation
             elif layout.implementation != EAGER:
                 refusals.add(module, KEPT.format(layout.implementation))
@@ -146,13 +149,20 @@ def _known(module: nn.Module, layout: AttentionLayout, family: Family) -> KnownA
         return reason
     if cache is None:
         return "takes no KV cache by a name that torch_int4 knows"
-    config: Any = module.config
-    for implementation in (config._attn_implementation, layout.implementation):
+    reason = None if layout.implementation is None else _foreign(module, kind, layout.implementation)
+    if reason is not None:
+        return reason
+    return KnownAttention(layout, cache, _arguments_read(kind, layout.implementation), positional(kind.forward))
+
+
+def _foreign(module: Any, kind: type, chosen: str) -> str | None:
+    """The reason that a module's attention function is somebody else's, now or by the name that will be chosen."""
+    for implementation in (module.config._attn_implementation, chosen):
         function = attention_function(kind, implementation)
         if not _is_stock(function, kind.__module__):
             source = f"{function.__module__}.{function.__name__}"
             return f"its attention implementation {implementation!r} is {source}"
-    return KnownAttention(layout, cache, _arguments_read(kind, layout.implementation))
+    return None
 
 
 def _is_stock(function: Any, *places: str) -> bool:
@@ -161,9 +171,12 @@ def _is_stock(function: Any, *places: str) -> bool:
 
 
 @functools.cache
-def _arguments_read(kind: type, implementation: str) -> frozenset[str] | None:
+def _arguments_read(kind: type, implementation: str | None) -> frozenset[str] | None:
     """Names of the arguments that stock attention reads, in its `forward` or in the function that this calls."""
-    own, function = forward_arguments(kind), attention_function(kind, implementation)
+    own, function = (
+        forward_arguments(kind),
+        None if implementation is None else attention_function(kind, implementation),
+    )
     others = frozenset() if function is None else arguments_read(function)
     return None if own is None or others is None else own | others
 

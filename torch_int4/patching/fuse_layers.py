@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
+from torch.nn import functional as F
 
 from torch_int4.layouts.family import Family
 from torch_int4.patching.refusals import Refusals, attribute, other_settings, unknown_forward, wrong_children
-from torch_int4.support.forwards import cache_argument, fingerprint, parameters
+from torch_int4.support.forwards import cache_argument, fingerprint, parameters, positional
 
 if TYPE_CHECKING:
     from torch_int4.layouts.layer import BlockLayout, KnownBlock
@@ -52,7 +54,13 @@ def _known(module: nn.Module, layout: BlockLayout, family: Family) -> KnownBlock
         reason = check(module, layout, family)
         if reason is not None:
             return step, reason
-    return KnownBlock(layout, type(module._modules[layout.mlp]), type(module._modules[layout.norms[0]]))
+    kind: Any = type(module)
+    mlp, norm = type(layout.mlp_of(module)), type(module._modules[layout.norms[0]])
+    attention: Any = module._modules[layout.attention]
+    cache = cache_argument(kind)
+    return KnownBlock(
+        layout, mlp, norm, positional(kind.forward), None if cache == attention.torch_int4_data.cache else cache
+    )
 
 
 def _check_forwards(module: nn.Module, layout: BlockLayout, family: Family) -> str | None:
@@ -74,40 +82,53 @@ def _check_settings(module: nn.Module, layout: BlockLayout, family: Family) -> s
     if layout.residual_scale is not None and not isinstance(attribute(module, layout.residual_scale), (int, float)):
         return f"has {layout.residual_scale} = {attribute(module, layout.residual_scale)!r}, which is no number"
     attention: Any = module._modules[layout.attention]
-    cache = attention.torch_int4_data.cache
     kind: Any = type(module)
-    if cache_argument(kind) != cache:
-        return f"calls its KV cache {cache_argument(kind)}, and its attention {cache}"
+    cache = cache_argument(kind)
+    if cache is None:
+        return "takes no KV cache by a name that torch_int4 knows"
     from torch_int4.nn.attention import HARMLESS
 
-    known = {*HARMLESS, cache, *filter(None, [attention.torch_int4_data.layout.unrotated])}
+    inner = attention.torch_int4_data.layout
+    known = {*HARMLESS, cache, *layout.absent, *filter(None, [inner.unrotated, inner.bias])}
     for name in parameters(kind.forward) - known:
         return f"takes an argument {name}, which torch_int4 does not know"
     return None
 
 
 def _check_children(module: nn.Module, layout: BlockLayout, family: Family) -> str | None:
-    reason = wrong_children(module, (*layout.norms, layout.attention, layout.mlp))
-    if reason is not None:
+    inside, outside = (*layout.linears, layout.activation), (*layout.norms, layout.attention)
+    if not layout.mlp:
+        return wrong_children(module, (*outside, *inside))
+    reason = wrong_children(module, (*outside, layout.mlp, *filter(None, [layout.beside_mlp])))
+    if reason is not None or layout.calls_mlp:
         return reason
-    mlp = module._modules[layout.mlp]
-    assert mlp is not None
-    if layout.calls_mlp:
-        return None
-    return wrong_children(mlp, (*layout.linears, layout.activation), f"its {layout.mlp} ")
+    return wrong_children(layout.mlp_of(module), inside, f"its {layout.mlp} ")
 
 
 def _check_parts(module: nn.Module, layout: BlockLayout, family: Family) -> str | None:
-    from torch_int4.nn.layer_parts import ACTIVATIONS
+    from torch_int4.nn.layer_parts import ACTIVATIONS, activation_kind
 
     norms = [module._modules[name] for name in layout.norms]
     for name, norm in zip(layout.norms, norms, strict=True):
         if type(norm) is not type(norms[0]) or not _is_norm(layout, norm):
             return f"its {name} is a {type(norm).__name__} that its family does not know"
-    if layout.calls_mlp:
+    if layout.calls_mlp or layout.calls_activation:
         return None
-    activation = type(getattr(module._modules[layout.mlp], layout.activation)).__name__
-    return None if activation in ACTIVATIONS else f"its activation {activation} is not among {', '.join(ACTIVATIONS)}"
+    activation: Any = layout.mlp_of(module)._modules[layout.activation]
+    kind, name = activation_kind(activation, layout), type(activation).__name__
+    if kind is None:
+        return f"its activation {name} is not among {', '.join(ACTIVATIONS)}"
+    if layout.own_activation is not None and name == layout.own_activation[0] and not _is_activation(activation, kind):
+        return f"its activation {name} is not the {kind} that its family says"
+    return None
+
+
+def _is_activation(activation: Any, kind: str) -> bool:
+    """Whether a module computes what operators call so."""
+    x = torch.linspace(-8, 8, 257)
+    want = F.silu(x) if kind == "silu" else F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
+    with torch.no_grad():
+        return torch.allclose(activation(x), want, rtol=0, atol=2e-6)
 
 
 def _is_norm(layout: BlockLayout, norm: Any) -> bool:

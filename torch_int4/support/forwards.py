@@ -158,6 +158,12 @@ def parameters(function: Any) -> frozenset[str]:
     return frozenset(each.name for each in found if each.kind is not each.VAR_KEYWORD)
 
 
+def positional(function: Any) -> tuple[str, ...]:
+    """Names of the arguments that a method takes by their place, after `self` and the first one."""
+    found = list(inspect.signature(inspect.unwrap(function)).parameters.values())[2:]
+    return tuple(each.name for each in found if each.kind is each.POSITIONAL_OR_KEYWORD)
+
+
 def _names(source: ast.FunctionDef) -> frozenset[str]:
     arguments = source.args
     found = {node.arg for node in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}

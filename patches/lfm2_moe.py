@@ -1,0 +1,3 @@
+"""LFM2 with experts: as LFM2."""
+
+from torch_int4.patches.lfm2 import FAMILY as FAMILY
