@@ -27,6 +27,7 @@ from torch_int4.recipes.parts.block import Block, Inputs, Linear
 from torch_int4.recipes.parts.compose import round_block
 from torch_int4.recipes.parts.folds import Fold
 from torch_int4.support.progress import ProgressLine
+from torch_int4.support.snapshot import values_kept
 from torch_int4.weights.result import Result
 
 Chosen = dict[str, tuple[nn.Module, int]]  # linears to quantize: name -> module, bits
@@ -124,7 +125,12 @@ class CalibratedPass:
                 self.clean.copy_(states["clean"])
 
     def _quantize(self, index: int, module: nn.Module) -> tuple[dict[str, Result], dict[str, Tensor]]:
-        """Results of a block's linears, and what else of the block is to be kept. The block is in fp32 meanwhile."""
+        """Results of a block's linears, and what else of the block is to be kept. The block is in fp32 meanwhile, and
+        after an error it is what it was."""
+        with values_kept(module):
+            return self._quantize_in_fp32(index, module)
+
+    def _quantize_in_fp32(self, index: int, module: nn.Module) -> tuple[dict[str, Result], dict[str, Tensor]]:
         dtypes = {name: tensor.dtype for name, tensor in _tensors(module)}
         module.float()
         block = self._block(index, module)

@@ -119,8 +119,10 @@ class _Undo:
 
     def renew(self) -> None:
         """From now on the model goes back to what it is now."""
-        self._before: Snapshot | None = Snapshot(self._model)
-        self._said = {name: list(x) if isinstance(x, list) else x for name, x in vars(self._report).items()}
+        before = Snapshot(self._model)
+        said = {name: list(x) if isinstance(x, list) else x for name, x in vars(self._report).items()}
+        self._before: Snapshot | None = before
+        self._said = said
 
     def forget(self) -> None:
         """Lets float weights go, after which there is no way back."""
