@@ -7,8 +7,10 @@ captured inputs.
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -80,8 +82,9 @@ class CalibratedPass:
         self._capture(chosen, facts, self.windows)
 
     def _capture(self, chosen: Chosen, facts: dict[int, tuple[ScaleFold, ...]], windows: Tensor) -> None:
-        self.chosen, self.facts = dict(chosen), facts
+        self.facts = facts
         self.names, blocks = find_blocks(self.model, chosen)
+        self.chosen = self._of_one_block(chosen)
         # On a large model the arguments of all blocks take a while, before any block is done.
         with self._line(len(blocks), "arguments of") as line:
             self.tape = Tape(self.model, blocks, windows, self.calibration.batch, line.reach)
@@ -103,6 +106,13 @@ class CalibratedPass:
                 if self.saved is not None:
                     self.saved.save(index, found, rest, self._states())
                 line.advance()
+
+    def _of_one_block(self, chosen: Chosen) -> Chosen:
+        """The linears to quantize without those that several blocks run: one block's data does not speak for them."""
+        where = _places(self.model.named_modules(remove_duplicate=False), self.names)
+        several = [name for name, (linear, _) in chosen.items() if len(where[id(linear)]) > 1]
+        self.notices += [f"{name}: several blocks run it, so it is rounded to nearest" for name in several]
+        return {name: entry for name, entry in chosen.items() if name not in several}
 
     def _line(self, blocks: int, what: str = "", done: int = 0) -> ProgressLine:
         title = f"{self.recipe.name}, {what}".strip()
@@ -171,12 +181,19 @@ class CalibratedPass:
         return Block(name, module, linears, [], run, targets, self.tape.batches, generator)
 
     def _folds(self, index: int, block: Block) -> list[Fold]:
-        """The scales that may be moved in a block: what its family knows, checked on a batch."""
-        known = [
-            fold
-            for name, module in block.module.named_modules()
-            for fold in folding.find(module, f"{block.name}.{name}".rstrip("."), self.facts.get(id(module), ()))
-        ]
+        """The scales that may be moved in a block: what its family knows and no other block uses, checked on a batch."""
+        where = _places(self.model.named_parameters(remove_duplicate=False), self.names)
+        known = []
+        for name, module in block.module.named_modules():
+            for fold in folding.find(module, f"{block.name}.{name}".rstrip("."), self.facts.get(id(module), ())):
+                if all(len(where[id(tensor)]) < 2 for tensor in fold.tensors()):
+                    known.append(fold)
+                    continue
+                source, *targets = (part[len(block.name) + 1 :] for part in fold.names)
+                block.notices.append(
+                    f"{self.options.recipe}: scales of {', '.join(targets)} cannot be folded into {source} in "
+                    f"{block.name}: several blocks share their weights"
+                )
         return checked(known, block, lambda: self.tape.run(index, 0, block.module), self.options.recipe)
 
     @torch.no_grad()
@@ -188,31 +205,23 @@ class CalibratedPass:
 
     @torch.no_grad()
     def _gather(self, index: int, block: Block) -> None:
-        """Statistics of the linears' inputs; linears that are given the same tensor share them."""
-        seen: list[tuple[Tensor, list[Linear]]] = []
-        groups: dict[int, Inputs] = {}
+        """Statistics of all that each linear is given, however often it runs; linears that are given the same tensors
+        share them."""
+        seen: list[list[Tensor]] = [[] for _ in block.linears]  # kept, so that no tensor reuses another's memory
 
-        def hook(linear: Linear) -> Any:
-            def look(module: nn.Module, args: tuple[Any, ...]) -> None:
-                for x, members in seen:  # tensors are kept until the pass ends, so that none reuses another's memory
-                    if x is args[0] and id(linear) not in map(id, members):
-                        members.append(linear)
-                        return
-                seen.append((args[0], [linear]))
+        def hook(inputs: list[Tensor]) -> Any:
+            return lambda module, args: inputs.append(args[0])
 
-            return look
-
-        handles = [linear.module.register_forward_pre_hook(hook(linear)) for linear in block.linears]
+        handles = [
+            linear.module.register_forward_pre_hook(hook(inputs))
+            for linear, inputs in zip(block.linears, seen, strict=True)
+        ]
         try:
             for batch in range(self.tape.batches):
                 block.run(batch, {})
-                for x, members in seen:
-                    if id(members[0]) not in groups:
-                        groups[id(members[0])] = Inputs(x.shape[-1])
-                    groups[id(members[0])].add(x)
-                    for linear in members:
-                        linear.inputs = groups[id(members[0])]
-                seen.clear()
+                _count(block.linears, seen)
+                for inputs in seen:
+                    inputs.clear()
         finally:
             for handle in handles:
                 handle.remove()
@@ -247,6 +256,35 @@ def find_blocks(model: nn.Module, chosen: Chosen) -> tuple[list[str], list[nn.Mo
     if len(set(map(id, modules))) < len(modules):
         raise Int4Error(f"calibration: {name} runs one block several times; use recipe='rtn'")
     return [f"{name}.{index}" for index in range(len(modules))], modules
+
+
+def _places(named: Iterable[tuple[str, Any]], blocks: Sequence[str]) -> dict[int, set[str]]:
+    """The blocks that hold each module or parameter, by its `id`; "" stands for all that is outside of blocks."""
+    known = set(blocks)
+    depth = blocks[0].count(".") + 1
+    where: dict[int, set[str]] = defaultdict(set)
+    for name, found in named:
+        block = ".".join(name.split(".")[:depth])
+        where[id(found)].add(block if block in known else "")
+    return where
+
+
+def _count(linears: Sequence[Linear], seen: Sequence[Sequence[Tensor]]) -> None:
+    """Count what linears were given in a batch, once for those that have been given the same tensors in all batches."""
+    parts: dict[Any, list[int]] = {}
+    for place, (linear, inputs) in enumerate(zip(linears, seen, strict=True)):
+        if inputs:
+            parts.setdefault((id(linear.inputs), *map(id, inputs)), []).append(place)
+    for places in parts.values():
+        counted = linears[places[0]].inputs
+        if counted is None:
+            counted = Inputs(seen[places[0]][0].shape[-1])
+        elif sum(linear.inputs is counted for linear in linears) > len(places):  # others go on without this batch
+            counted = copy.deepcopy(counted)
+        for x in seen[places[0]]:
+            counted.add(x)
+        for place in places:
+            linears[place].inputs = counted
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
