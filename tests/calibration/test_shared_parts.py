@@ -10,7 +10,7 @@ from decoders import decoder
 from torch import nn
 
 from torch_int4 import Int4Error, patch
-from torch_int4.calibration.run import _count
+from torch_int4.calibration.uses import count
 from torch_int4.recipes.parts.block import Inputs
 
 RECIPES = ["gptq", "awq", "smooth", "teq", "signround", "omniquant"]
@@ -87,10 +87,10 @@ def test_statistics_count_every_use_of_a_linear(monkeypatch):
 def test_linears_part_once_they_are_given_different_inputs():
     one, other = SimpleNamespace(inputs=None), SimpleNamespace(inputs=None)
     x, y, z = torch.randn(3, 5, 8)
-    _count([one, other], [[x], [x]])
+    count([one, other], [[x], [x]])
     assert one.inputs is other.inputs
-    _count([one, other], [[y], [y, z]])  # the second is used once more
-    _count([one, other], [[], [x]])  # and once without the first
+    count([one, other], [[y], [y, z]])  # the second is used once more
+    count([one, other], [[], [x]])  # and once without the first
     for linear, given in ((one, [x, y]), (other, [x, y, z, x])):
         want = Inputs(8)
         for part in given:

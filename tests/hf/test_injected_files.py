@@ -1,4 +1,4 @@
-"""An error at any call of any function of ours while a model is loaded or saved leaves files and process as they were."""
+"""An error at any call of any function of ours in loading or saving leaves files and process as they were."""
 
 import contextlib
 import copy

@@ -7,10 +7,8 @@ captured inputs.
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from torch_int4.calibration.capture import Tape, evaluating
 from torch_int4.calibration.data import Calibration
 from torch_int4.calibration.fold_check import checked
 from torch_int4.calibration.resume import Progress, fingerprint
+from torch_int4.calibration.uses import count, places_of
 from torch_int4.config import Int4Config
 from torch_int4.errors import Int4Error
 from torch_int4.layouts.scales import ScaleFold
@@ -109,7 +108,7 @@ class CalibratedPass:
 
     def _of_one_block(self, chosen: Chosen) -> Chosen:
         """The linears to quantize without those that several blocks run: one block's data does not speak for them."""
-        where = _places(self.model.named_modules(remove_duplicate=False), self.names)
+        where = places_of(self.model.named_modules(remove_duplicate=False), self.names)
         several = [name for name, (linear, _) in chosen.items() if len(where[id(linear)]) > 1]
         self.notices += [f"{name}: several blocks run it, so it is rounded to nearest" for name in several]
         return {name: entry for name, entry in chosen.items() if name not in several}
@@ -181,8 +180,8 @@ class CalibratedPass:
         return Block(name, module, linears, [], run, targets, self.tape.batches, generator)
 
     def _folds(self, index: int, block: Block) -> list[Fold]:
-        """The scales that may be moved in a block: what its family knows and no other block uses, checked on a batch."""
-        where = _places(self.model.named_parameters(remove_duplicate=False), self.names)
+        """The scales that may be moved in a block: what its family knows and no other block has, checked on a batch."""
+        where = places_of(self.model.named_parameters(remove_duplicate=False), self.names)
         known = []
         for name, module in block.module.named_modules():
             for fold in folding.find(module, f"{block.name}.{name}".rstrip("."), self.facts.get(id(module), ())):
@@ -219,7 +218,7 @@ class CalibratedPass:
         try:
             for batch in range(self.tape.batches):
                 block.run(batch, {})
-                _count(block.linears, seen)
+                count(block.linears, seen)
                 for inputs in seen:
                     inputs.clear()
         finally:
@@ -256,35 +255,6 @@ def find_blocks(model: nn.Module, chosen: Chosen) -> tuple[list[str], list[nn.Mo
     if len(set(map(id, modules))) < len(modules):
         raise Int4Error(f"calibration: {name} runs one block several times; use recipe='rtn'")
     return [f"{name}.{index}" for index in range(len(modules))], modules
-
-
-def _places(named: Iterable[tuple[str, Any]], blocks: Sequence[str]) -> dict[int, set[str]]:
-    """The blocks that hold each module or parameter, by its `id`; "" stands for all that is outside of blocks."""
-    known = set(blocks)
-    depth = blocks[0].count(".") + 1
-    where: dict[int, set[str]] = defaultdict(set)
-    for name, found in named:
-        block = ".".join(name.split(".")[:depth])
-        where[id(found)].add(block if block in known else "")
-    return where
-
-
-def _count(linears: Sequence[Linear], seen: Sequence[Sequence[Tensor]]) -> None:
-    """Count what linears were given in a batch, once for those that have been given the same tensors in all batches."""
-    parts: dict[Any, list[int]] = {}
-    for place, (linear, inputs) in enumerate(zip(linears, seen, strict=True)):
-        if inputs:
-            parts.setdefault((id(linear.inputs), *map(id, inputs)), []).append(place)
-    for places in parts.values():
-        counted = linears[places[0]].inputs
-        if counted is None:
-            counted = Inputs(seen[places[0]][0].shape[-1])
-        elif sum(linear.inputs is counted for linear in linears) > len(places):  # others go on without this batch
-            counted = copy.deepcopy(counted)
-        for x in seen[places[0]]:
-            counted.add(x)
-        for place in places:
-            linears[place].inputs = counted
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -17,8 +17,8 @@ def tell_of_hooks(block: nn.Module) -> None:
         if not name or not hooks:
             continue
         text = (
-            f"torch_int4: {type(block).__name__} runs as a stock module, and so slower, because {name} in it has a hook "
-            f"({_name_of(hooks[0])})"
+            f"torch_int4: {type(block).__name__} runs as a stock module, and so slower, because {name} in it has a "
+            f"hook ({_name_of(hooks[0])})"
         )
         if text not in _told:
             _told.add(text)

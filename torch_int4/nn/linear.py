@@ -119,7 +119,7 @@ class Int4Linear(nn.Linear):
         return y
 
     def _in_float32(self, x: Tensor) -> Tensor:
-        """The product for x in float64, `[..., out_features]` in float64; the bias, which may be too, is added to it."""
+        """The product for x in float64, `[..., out_features]` in float64 too, plus the bias, which may be."""
         y, bias = self._product(x.float(), None).double(), self._parameters["bias"]
         return y if bias is None else y + bias
 
