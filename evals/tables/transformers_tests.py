@@ -24,8 +24,9 @@ from typing import Any
 
 FAMILIES = ("llama", "gpt_neox", "falcon", "gptj", "qwen2", "gemma2", "mixtral")
 MIXIN = "GenerationTesterMixin."
-PATCH = "TORCH_INT4_PATCH_TESTS"  # environment: whether this file, as a plugin of pytest, patches models
-OPTIONS = {"compute": "fp32", "kv_cache": "fp32"}
+# Environment: the file in which this file, as a plugin of pytest, notes how many models it has patched; "" for none.
+PATCH = "TORCH_INT4_PATCH_TESTS"
+OPTIONS: dict[str, Any] = {"compute": "fp32", "kv_cache": "fp32"}
 
 
 @dataclass
@@ -33,14 +34,15 @@ class Outcome:
     """The results of one run: how many tests passed, failed or were skipped, and why each failed."""
 
     counts: Counter[str] = field(default_factory=Counter)
+    patched: int = 0  # models
     failures: dict[str, str] = field(default_factory=dict)
     trouble: str = ""  # why there are no results
 
 
 def pytest_configure(config: Any) -> None:
     """A hook of pytest: has models patch themselves when a test makes them ready."""
-    if os.environ.get(PATCH) == "1":
-        _patch_in_eval()
+    if notes := os.environ.get(PATCH):
+        _patch_in_eval(Path(notes))
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
@@ -51,13 +53,13 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
 
 
 def _is_of_generation(item: Any) -> bool:
-    function = getattr(item.cls, getattr(item, "originalname", None) or item.name, None)
+    function: Any = getattr(item.cls, getattr(item, "originalname", None) or item.name, None)
     while hasattr(function, "__wrapped__"):
         function = function.__wrapped__
     return getattr(function, "__qualname__", "").startswith(MIXIN)
 
 
-def _patch_in_eval() -> None:
+def _patch_in_eval(notes: Path) -> None:
     from transformers import GenerationMixin, PreTrainedModel
 
     from torch_int4 import patch
@@ -67,7 +69,9 @@ def _patch_in_eval() -> None:
     def evaluated(self: Any) -> Any:
         stock(self)
         if isinstance(self, GenerationMixin) and not hasattr(self, "torch_int4_report"):
-            patch(self, **OPTIONS)  # type: ignore[arg-type]
+            patch(self, **OPTIONS)
+            with notes.open("a") as file:
+                file.write(".")
         return self
 
     PreTrainedModel.eval = evaluated  # type: ignore[method-assign]
@@ -91,11 +95,11 @@ def run(folder: Path, family: str, *, patched: bool, select: str | None, seconds
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        PATCH: "1" if patched else "0",
         "HF_HUB_OFFLINE": "1",
     }
     with tempfile.TemporaryDirectory() as made:
-        results = Path(made) / "results.xml"
+        results, notes = Path(made) / "results.xml", Path(made) / "patched"
+        environment[PATCH] = str(notes) if patched else ""
         command = [sys.executable, "-m", "pytest", str(file), "-q", "-p", Path(__file__).stem, "-p", "no:cacheprovider"]
         command += [f"--junitxml={results}", *(["-k", select] if select else [])]
         try:
@@ -106,7 +110,11 @@ def run(folder: Path, family: str, *, patched: bool, select: str | None, seconds
             return Outcome(trouble=f"took longer than {seconds:.0f} s")
         if not results.is_file():
             return Outcome(trouble=(done.stderr or done.stdout).strip().rpartition("\n")[2])
-        return read(results)
+        outcome = read(results)
+        outcome.patched = notes.stat().st_size if notes.is_file() else 0
+        if patched and not outcome.patched:
+            outcome.trouble = "no model was patched"
+        return outcome
 
 
 def read(results: Path) -> Outcome:
@@ -123,19 +131,18 @@ def read(results: Path) -> Outcome:
 
 def table(outcomes: dict[str, tuple[Outcome, Outcome]]) -> str:
     """Both outcomes of each family in Markdown, and a list of the tests that fail on patched models alone."""
-    lines = [
-        "| family | tests | skipped | fail stock | fail patched | fail patched alone |",
-        "|---|---|---|---|---|---|",
-    ]
+    heads = ("family", "tests", "skipped", "models patched", "fail stock", "fail patched", "fail patched alone")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     ours: list[str] = []
     for family, (stock, patched) in outcomes.items():
         trouble = stock.trouble or patched.trouble
         if trouble:
-            lines.append(f"| {family} | {trouble} | | | | |")
+            lines.append(f"| {family} | {trouble} |{' |' * (len(heads) - 2)}")
             continue
         alone = sorted(patched.failures.keys() - stock.failures.keys())
         ours += [f"- {family}: `{name}`: {patched.failures[name]}" for name in alone]
-        counts = stock.counts.total(), stock.counts["skipped"], len(stock.failures), len(patched.failures), len(alone)
+        counts = [stock.counts.total(), stock.counts["skipped"], patched.patched]
+        counts += [len(stock.failures), len(patched.failures), len(alone)]
         lines.append(f"| {family} | {' | '.join(map(str, counts))} |")
     return "\n".join([*lines, "", *(ours or ["No test fails on patched models alone."])])
 
