@@ -118,12 +118,15 @@ def _record(
         running.close()
         output = _cast(output, states[0].dtype)
         last[0] = first(output)
-        if len(calls) == len(blocks):
-            raise _StopForward  # the head over the vocabulary is not needed
         return output
+
+    def stop(module: nn.Module, args: Any) -> None:
+        raise _StopForward  # the head over the vocabulary is not needed
 
     handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
     handles += [block.register_forward_hook(after) for block in blocks]
+    head = head_of(model)
+    handles += [] if head is None else [head.register_forward_pre_hook(stop)]
     try:
         with contextlib.suppress(_StopForward):
             call_model(model, ids)
@@ -137,9 +140,18 @@ def _record(
 
 
 _NO_CHAIN = (
-    "calibration: the blocks of type {} do not run one after the other, each on the output of the one before; "
+    "calibration: the blocks of type {} do not run one after the other, once each, on the output of the one before; "
     "use a recipe without calibration, such as recipe='rtn'"
 )
+
+
+def head_of(model: nn.Module) -> nn.Module | None:
+    """The projection onto the vocabulary of a model of transformers; None of any other, and where it has none."""
+    getter = getattr(model, "get_output_embeddings", None)
+    try:
+        return getter() if callable(getter) else None
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def call_model(model: nn.Module, ids: Tensor) -> Any:

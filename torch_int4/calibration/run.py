@@ -19,6 +19,7 @@ from torch_int4.calibration.capture import Tape, evaluating
 from torch_int4.calibration.data import Calibration
 from torch_int4.calibration.fold_check import checked
 from torch_int4.calibration.resume import Progress, fingerprint
+from torch_int4.calibration.uses import count, places_of
 from torch_int4.config import Int4Config
 from torch_int4.errors import Int4Error
 from torch_int4.layouts.scales import ScaleFold
@@ -27,6 +28,7 @@ from torch_int4.recipes.parts.block import Block, Inputs, Linear
 from torch_int4.recipes.parts.compose import round_block
 from torch_int4.recipes.parts.folds import Fold
 from torch_int4.support.progress import ProgressLine
+from torch_int4.support.snapshot import values_kept
 from torch_int4.weights.result import Result
 
 Chosen = dict[str, tuple[nn.Module, int]]  # linears to quantize: name -> module, bits
@@ -79,8 +81,9 @@ class CalibratedPass:
         self._capture(chosen, facts, self.windows)
 
     def _capture(self, chosen: Chosen, facts: dict[int, tuple[ScaleFold, ...]], windows: Tensor) -> None:
-        self.chosen, self.facts = dict(chosen), facts
+        self.facts = facts
         self.names, blocks = find_blocks(self.model, chosen)
+        self.chosen = self._of_one_block(chosen)
         # On a large model the arguments of all blocks take a while, before any block is done.
         with self._line(len(blocks), "arguments of") as line:
             self.tape = Tape(self.model, blocks, windows, self.calibration.batch, line.reach)
@@ -103,6 +106,13 @@ class CalibratedPass:
                     self.saved.save(index, found, rest, self._states())
                 line.advance()
 
+    def _of_one_block(self, chosen: Chosen) -> Chosen:
+        """The linears to quantize without those that several blocks run: one block's data does not speak for them."""
+        where = places_of(self.model.named_modules(remove_duplicate=False), self.names)
+        several = [name for name, (linear, _) in chosen.items() if len(where[id(linear)]) > 1]
+        self.notices += [f"{name}: several blocks run it, so it is rounded to nearest" for name in several]
+        return {name: entry for name, entry in chosen.items() if name not in several}
+
     def _line(self, blocks: int, what: str = "", done: int = 0) -> ProgressLine:
         title = f"{self.recipe.name}, {what}".strip()
         return ProgressLine(blocks, "blocks", title=title, show=self.progress, done=done)
@@ -124,7 +134,12 @@ class CalibratedPass:
                 self.clean.copy_(states["clean"])
 
     def _quantize(self, index: int, module: nn.Module) -> tuple[dict[str, Result], dict[str, Tensor]]:
-        """Results of a block's linears, and what else of the block is to be kept. The block is in fp32 meanwhile."""
+        """Results of a block's linears, and what else of the block is to be kept. The block is in fp32 meanwhile, and
+        after an error it is what it was."""
+        with values_kept(module):
+            return self._quantize_in_fp32(index, module)
+
+    def _quantize_in_fp32(self, index: int, module: nn.Module) -> tuple[dict[str, Result], dict[str, Tensor]]:
         dtypes = {name: tensor.dtype for name, tensor in _tensors(module)}
         module.float()
         block = self._block(index, module)
@@ -165,12 +180,19 @@ class CalibratedPass:
         return Block(name, module, linears, [], run, targets, self.tape.batches, generator)
 
     def _folds(self, index: int, block: Block) -> list[Fold]:
-        """The scales that may be moved in a block: what its family knows, checked on a batch."""
-        known = [
-            fold
-            for name, module in block.module.named_modules()
-            for fold in folding.find(module, f"{block.name}.{name}".rstrip("."), self.facts.get(id(module), ()))
-        ]
+        """The scales that may be moved in a block: what its family knows and no other block has, checked on a batch."""
+        where = places_of(self.model.named_parameters(remove_duplicate=False), self.names)
+        known = []
+        for name, module in block.module.named_modules():
+            for fold in folding.find(module, f"{block.name}.{name}".rstrip("."), self.facts.get(id(module), ())):
+                if all(len(where[id(tensor)]) < 2 for tensor in fold.tensors()):
+                    known.append(fold)
+                    continue
+                source, *targets = (part[len(block.name) + 1 :] for part in fold.names)
+                block.notices.append(
+                    f"{self.options.recipe}: scales of {', '.join(targets)} cannot be folded into {source} in "
+                    f"{block.name}: several blocks share their weights"
+                )
         return checked(known, block, lambda: self.tape.run(index, 0, block.module), self.options.recipe)
 
     @torch.no_grad()
@@ -182,31 +204,23 @@ class CalibratedPass:
 
     @torch.no_grad()
     def _gather(self, index: int, block: Block) -> None:
-        """Statistics of the linears' inputs; linears that are given the same tensor share them."""
-        seen: list[tuple[Tensor, list[Linear]]] = []
-        groups: dict[int, Inputs] = {}
+        """Statistics of all that each linear is given, however often it runs; linears that are given the same tensors
+        share them."""
+        seen: list[list[Tensor]] = [[] for _ in block.linears]  # kept, so that no tensor reuses another's memory
 
-        def hook(linear: Linear) -> Any:
-            def look(module: nn.Module, args: tuple[Any, ...]) -> None:
-                for x, members in seen:  # tensors are kept until the pass ends, so that none reuses another's memory
-                    if x is args[0] and id(linear) not in map(id, members):
-                        members.append(linear)
-                        return
-                seen.append((args[0], [linear]))
+        def hook(inputs: list[Tensor]) -> Any:
+            return lambda module, args: inputs.append(args[0])
 
-            return look
-
-        handles = [linear.module.register_forward_pre_hook(hook(linear)) for linear in block.linears]
+        handles = [
+            linear.module.register_forward_pre_hook(hook(inputs))
+            for linear, inputs in zip(block.linears, seen, strict=True)
+        ]
         try:
             for batch in range(self.tape.batches):
                 block.run(batch, {})
-                for x, members in seen:
-                    if id(members[0]) not in groups:
-                        groups[id(members[0])] = Inputs(x.shape[-1])
-                    groups[id(members[0])].add(x)
-                    for linear in members:
-                        linear.inputs = groups[id(members[0])]
-                seen.clear()
+                count(block.linears, seen)
+                for inputs in seen:
+                    inputs.clear()
         finally:
             for handle in handles:
                 handle.remove()

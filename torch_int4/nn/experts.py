@@ -47,7 +47,7 @@ class LinearExperts(Mixin):
         prepared = self.torch_int4_prepared
         if prepared is not None and not torch.compiler.is_compiling() and not prepared.serves(hidden_states):
             prepared = None if torch.is_grad_enabled() else prepare(self)
-        if prepared is None or hidden_states.dim() != 2:
+        if prepared is None or hidden_states.dim() != 2 or hidden_states.dtype not in FLOATS:
             return sum_of_experts(self, hidden_states, top_k_index, top_k_weights)
         return prepared.run(hidden_states, top_k_index, top_k_weights)
 

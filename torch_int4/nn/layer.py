@@ -20,6 +20,7 @@ from torch_int4.nn.layer_parts import find_facts
 from torch_int4.nn.layer_steps import LayerSteps
 from torch_int4.nn.prepared import PreparedLayer, layers
 from torch_int4.nn.stack import running
+from torch_int4.nn.words.hooked import tell_of_hooks
 from torch_int4.ops.calls import call
 from torch_int4.support.mixins import Mixin
 
@@ -84,6 +85,8 @@ def _run_alone(block: Any, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
     facts = find_facts(block, x, kwargs)
     if facts is None:
         layers.pop(block, None)  # it may hold weights that nothing else does
+        if not torch.is_grad_enabled() and not block.training:
+            tell_of_hooks(block)
         return None
     if not torch.is_grad_enabled() and type(x) is Tensor:
         layers[block] = layer = PreparedLayer(facts, x.dtype)

@@ -25,7 +25,9 @@ PACKED = FIELDS[:3]  # names of the buffers that `perm` is no part of
 
 
 class Int4Linear(nn.Linear):
-    """y = x Wᵀ + b for x `[..., in_features]` (float32, bfloat16 or float16), with W in INT4 (or INT8) panels.
+    """y = x Wᵀ + b for x `[..., in_features]` (any float type), with W in INT4 (or INT8) panels.
+
+    A product with x in float64 is that with x in float32.
 
     A subclass of `nn.Linear`, so that walks over a model, PEFT and accelerate find it; its `weight` is None. Only the
     packed form stays in memory. `state_dict()` holds the canonical form (`codes`, two per byte for int4; `scales`;
@@ -94,6 +96,11 @@ class Int4Linear(nn.Linear):
         """The product without the linears that share this input."""
         if x.shape[-1] != self.in_features:
             raise Int4Error(f"Int4Linear takes {self.in_features} features, but x has shape {tuple(x.shape)}")
+        if x.dtype is torch.float64:
+            return self._in_float32(x)
+        return self._product(x, self._parameters["bias"])
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         # Asking the module takes Python code for each of them, which a large weight has pushed out of the caches.
         held = self._buffers
         y: Tensor = call(
@@ -102,7 +109,7 @@ class Int4Linear(nn.Linear):
             held["packed"],
             held["packed_scales"],
             held["packed_offsets"],
-            self._parameters["bias"],
+            bias,
             held["perm"],
             out_features=self.out_features,
             group_size=self.group_size,
@@ -110,6 +117,11 @@ class Int4Linear(nn.Linear):
             compute=self.compute,
         )
         return y
+
+    def _in_float32(self, x: Tensor) -> Tensor:
+        """The product for x in float64, `[..., out_features]` in float64 too, plus the bias, which may be."""
+        y, bias = self._product(x.float(), None).double(), self._parameters["bias"]
+        return y if bias is None else y + bias
 
     @property
     def packed_weight(self) -> PackedWeight:
@@ -183,6 +195,7 @@ class Int4Linear(nn.Linear):
         """`.to(dtype)`, `.half()` and the like concern activations: the scales keep the type they were packed in."""
         before = {name: self._buffers[name] for name in PACKED}
         super()._apply(fn, recurse)
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         for name, old in before.items():
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype != old.dtype:
@@ -247,3 +260,14 @@ def written_by(writer: Callable[[Int4Linear, str], dict[str, Tensor]]) -> Iterat
 
 # ops is imported for its side effect: it registers what forward() calls.
 _ = ops
+
+
+class Fp32Linear(Int4Linear):
+    """An `Int4Linear` whose input, products and output are in fp32, whatever it is given.
+
+    Of models in half precision that keep some of their linears in fp32.
+    """
+
+    def forward_alone(self, x: Tensor) -> Tensor:
+        """`[..., out_features]` in float32, or in float64 where x is."""
+        return super().forward_alone(x.float() if x.itemsize < 4 else x)

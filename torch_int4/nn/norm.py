@@ -22,6 +22,7 @@ class FusedNorm(Mixin):
         layout = self.torch_int4_data
         weight: Any = self._parameters.get("weight")  # type: ignore[attr-defined]
         plain = type(x) is Tensor and weight is not None and x.dtype is weight.dtype and x.is_cpu and weight.is_cpu
+        plain = plain and x.dtype is not torch.float64
         learns = plain and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         if not plain or learns or torch.compiler.is_compiling():
             return super().forward(x)  # type: ignore[misc]

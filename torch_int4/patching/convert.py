@@ -74,14 +74,12 @@ def convert_all(
             on_freed()
             done += 1
     except Exception as error:
-        if done + len(plan.foreign) == 0 and calibrated is None:
-            raise Int4Error(
-                f"{targets[done].name}: conversion failed at once, and the model is unchanged: {error}"
-            ) from error
-        raise Int4Error(
-            f"{targets[done].name}: conversion failed after {done} of {len(targets)} linears, so the model is "
-            f"half int4 and must be loaded again: {error}"
-        ) from error
+        if done == len(targets):  # after the last of them, or there were none
+            raise
+        state = f"after {done} of {len(targets)} linears, so the model is half int4 and must be loaded again"
+        if done + len(plan.foreign) == 0:
+            state = "at once, and the model is unchanged"
+        raise Int4Error(f"{targets[done].name}: conversion failed {state}: {error}") from error
     if calibrated is not None:
         report.notices += calibrated.notices
 
@@ -119,7 +117,8 @@ def _replace(target: Target, result: Result, config: Int4Config, memory: Memory)
     packed = PackedWeight.pack(result.weight, memory)
     new = Int4Linear(packed, bias, compute=config.compute, dtype=weight.dtype)
     extend(new, result.extras)
+    extras = tuple(result.extras)
+    entry = PatchedLinear(target.name, rows, inputs, target.bits, before, new.nbytes, target.shared, extras)
     _hooks.replace(old, new, target.places)
     target.module = None
-    after = new.nbytes
-    return PatchedLinear(target.name, rows, inputs, target.bits, before, after, target.shared, tuple(result.extras))
+    return entry

@@ -13,5 +13,6 @@ from torch_int4.patching.report import PatchReport
 def store_bf16(old: nn.Embedding, held: Held, report: PatchReport) -> None:
     """Put a bf16 table into every place of an embedding."""
     new = Bf16Embedding.from_embedding(old)
+    entry = (held.name, 4 * old.weight.numel(), 2 * old.weight.numel())
     _hooks.replace(old, new, held.places)
-    report.embeddings.append((held.name, 4 * old.weight.numel(), 2 * old.weight.numel()))
+    report.embeddings.append(entry)

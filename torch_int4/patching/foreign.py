@@ -38,9 +38,10 @@ def convert(target: Foreign, config: Int4Config, report: PatchReport, memory: Me
     dtype = _activation_dtype(old, bias)
     packed = PackedWeight.pack(weight, memory)
     new = Int4Linear(packed, _parameter(bias), compute=config.compute, dtype=dtype)
+    entry = _entry(target.name, weight, before, new.nbytes)
     _hooks.replace(old, new, target.places)
     target.module = None
-    report.linears.append(_entry(target.name, weight, before, new.nbytes))
+    report.linears.append(entry)
 
 
 def forget_backend(model: nn.Module) -> None:

@@ -16,6 +16,7 @@ from torch_int4.nn.extended import extras_of
 from torch_int4.nn.linear import Int4Linear
 from torch_int4.patching import scan as _scan
 from torch_int4.patching import ties as _ties
+from torch_int4.patching.kept_in_fp32 import is_kept
 from torch_int4.patching.plan import Survey
 from torch_int4.patching.report import PatchedLinear
 from torch_int4.weights.types import WeightType
@@ -27,11 +28,11 @@ class PendingLinear(nn.Module):
     The buffer only says how many bytes the packed weight will take, for those who plan memory.
     """
 
-    def __init__(self, name: str, old: nn.Module, kind: WeightType) -> None:
+    def __init__(self, name: str, old: nn.Module, kind: WeightType, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         weight, bias = old.weight, old.bias
         assert isinstance(weight, torch.Tensor)
-        self.name, self.kind, self.dtype = name, kind, weight.dtype
+        self.name, self.kind, self.dtype = name, kind, dtype or weight.dtype
         self.transposed = is_conv1d(old)
         rows, inputs = reversed(weight.shape) if self.transposed else weight.shape
         self.out_features, self.in_features = int(rows), int(inputs)
@@ -112,7 +113,9 @@ def put_pending(survey: Survey, kinds: Mapping[str, WeightType]) -> dict[str, Pe
     pending = {}
     for module, held in list(survey.linears.items()):
         if held.name in kinds:
-            pending[held.name] = PendingLinear(held.name, module, kinds[held.name])
+            weight: Any = module.weight
+            dtype = torch.float32 if is_kept(model, held.name, weight.dtype) else weight.dtype
+            pending[held.name] = PendingLinear(held.name, module, kinds[held.name], dtype)
             replace(model, held.name, pending[held.name])
             del survey.linears[module]
     _ties.forget(model, ties, set(pending))

@@ -22,6 +22,7 @@ from torch_int4.patching import foreign as _foreign
 from torch_int4.patching import fuse_attention as _attention
 from torch_int4.patching import fuse_layers as _block
 from torch_int4.patching import fuse_stack as _stack
+from torch_int4.patching import kept_in_fp32 as _fp32
 from torch_int4.patching import stages as _stages
 from torch_int4.patching import ties as _ties
 from torch_int4.patching.plan import Foreign, Plan, Survey, Target, decide
@@ -119,8 +120,10 @@ class _Undo:
 
     def renew(self) -> None:
         """From now on the model goes back to what it is now."""
-        self._before: Snapshot | None = Snapshot(self._model)
-        self._said = {name: list(x) if isinstance(x, list) else x for name, x in vars(self._report).items()}
+        before = Snapshot(self._model)
+        said = {name: list(x) if isinstance(x, list) else x for name, x in vars(self._report).items()}
+        self._before: Snapshot | None = before
+        self._said = said
 
     def forget(self) -> None:
         """Lets float weights go, after which there is no way back."""
@@ -153,6 +156,7 @@ def _carry_out(plan: Plan, report: PatchReport, data: tuple[Any, Any], progress:
     undo.renew()
     if plan.foreign:
         _foreign.forget_backend(model)
+    _fp32.keep(model, report)
     report.merged += _merge(model, plan.survey.families)
     _fuse(model, plan.survey.families, report)
     report.skipped = plan.skipped + plan.kept
@@ -247,4 +251,16 @@ def _make_saveable(model: nn.Module, config: Int4Config) -> None:
         from torch_int4.patching.resize import make_resizable
 
         make_resizable(model)
+        _tell_of_training(model)
         make_saveable(model, config)
+
+
+def _tell_of_training(model: nn.Module) -> None:
+    from transformers import PreTrainedModel
+
+    from torch_int4.nn.words.training import TellsOfTraining
+    from torch_int4.support.mixins import mix_in
+
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            mix_in(TellsOfTraining, module)

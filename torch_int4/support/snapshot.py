@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,15 +14,15 @@ Kept = tuple[dict[str, Any], list[tuple[dict[Any, Any], dict[Any, Any]]]]
 class Snapshot:
     """The class and the attributes of every module of a model, and those of their configs, by reference.
 
-    Values of tensors are not copied. A snapshot keeps everything alive that the modules hold.
+    Values of tensors are not copied; tensors that were given other values by `tensor.data = …` get their own back. A
+    snapshot keeps everything alive that the modules hold.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = [(module, type(module), _kept(module)) for module in model.modules()]
         configs = {id(found): found for module in model.modules() for found in _configs(module)}
         self._configs = [(config, _kept(config)) for config in configs.values()]
-        parameters: list[Tensor] = list(model.parameters())
-        self._trained = [(parameter, parameter.requires_grad) for parameter in parameters]
+        self._tensors = [(tensor, tensor.data, tensor.requires_grad) for tensor in _tensors(model)]
 
     def restore(self) -> None:
         """Puts every module back as it was."""
@@ -29,8 +31,35 @@ class Snapshot:
             _put_back(module, kept)
         for config, kept in self._configs:
             _put_back(config, kept)
-        for parameter, trained in self._trained:
-            parameter.requires_grad_(trained)
+        for tensor, data, trained in self._tensors:
+            _give_back(tensor, data)
+            tensor.requires_grad_(trained)
+
+
+@contextlib.contextmanager
+def values_kept(module: nn.Module) -> Iterator[None]:
+    """If the block fails, tensors of a module that were given other values by `tensor.data = …` have their own again,
+    and buffers are the tensors that they were."""
+    parts = [(part._buffers, dict(part._buffers)) for part in module.modules()]
+    before = [(tensor, tensor.data) for tensor in _tensors(module)]
+    try:
+        yield
+    except BaseException:
+        for buffers, own in parts:
+            buffers.update(own)
+        for tensor, data in before:
+            _give_back(tensor, data)
+        raise
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    """Those without tricks of their own; other backends have classes of tensors, which nobody gives other values."""
+    return [tensor for tensor in (*model.parameters(), *model.buffers()) if type(tensor) in (Tensor, nn.Parameter)]
+
+
+def _give_back(tensor: Tensor, data: Tensor) -> None:
+    if tensor.data_ptr() != data.data_ptr() or tensor.dtype != data.dtype:
+        tensor.data = data
 
 
 def _configs(module: nn.Module) -> list[Any]:

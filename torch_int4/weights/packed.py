@@ -189,6 +189,8 @@ class PackedWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight as a dense `[N, K]` tensor, columns in the order of the input."""
+        if dtype is torch.float64:  # which operators do not write
+            return self.dequantize().double()
         return torch.ops.torch_int4.dequantize(
             self.packed,
             self.scales,
