@@ -8,7 +8,7 @@ from decoders import decoder
 from tiny_models import IDS, logits
 
 from torch_int4 import patch
-from torch_int4.nn import hooked
+from torch_int4.nn.words import hooked
 
 
 @pytest.fixture(autouse=True)
