@@ -74,7 +74,7 @@ def _patch_in_eval(notes: Path) -> None:
                 file.write(".")
         return self
 
-    PreTrainedModel.eval = evaluated  # type: ignore[method-assign]
+    PreTrainedModel.eval = evaluated
 
 
 def run(folder: Path, family: str, *, patched: bool, select: str | None, seconds: float) -> Outcome:

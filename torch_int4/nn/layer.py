@@ -14,12 +14,12 @@ from torch import Tensor
 
 from torch_int4.cache.int4_cache import Int4Cache
 from torch_int4.layouts.layer import KnownBlock
-from torch_int4.nn.hooked import tell_of_hooks
 from torch_int4.nn.layer_facts import LayerFacts
 from torch_int4.nn.layer_parts import find_facts
 from torch_int4.nn.layer_steps import LayerSteps
 from torch_int4.nn.prepared import PreparedLayer, layers
 from torch_int4.nn.stack import running
+from torch_int4.nn.told import tell_of_hooks
 from torch_int4.ops.calls import call
 from torch_int4.support.mixins import Mixin
 
