@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hqq_files import hqq, hqq_config
+from broken_files import hqq, hqq_config
 
 from torch_int4 import Int4Error, Int4Linear, formats
 from torch_int4.formats import Settings

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from hqq_files import hqq, hqq_config
+from broken_files import hqq, hqq_config
 from safetensors.torch import load_file, save_file
 from tiny_models import dequantized, int4s, llama, logits
 from transformers import AutoModelForCausalLM

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from torch_int4 import patch
-from torch_int4.nn import bias as bias_module
-from torch_int4.nn.bias import biased, is_bias
+from torch_int4.nn import attend as bias_module
+from torch_int4.nn.attend import biased, is_bias
 
 pytestmark = pytest.mark.oldest
 

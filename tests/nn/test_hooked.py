@@ -8,12 +8,12 @@ from decoders import decoder
 from tiny_models import IDS, logits
 
 from torch_int4 import patch
-from torch_int4.nn.words import hooked
+from torch_int4.nn import told as told_of
 
 
 @pytest.fixture(autouse=True)
 def _anew(monkeypatch):
-    monkeypatch.setattr(hooked, "_told", set())
+    monkeypatch.setattr(told_of, "_told", set())
 
 
 def told(run):

@@ -15,8 +15,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from torch_int4.cache.int4_cache import Int4Cache
 from torch_int4.layouts.attention import AttentionLayout, KnownAttention
-from torch_int4.nn.attend import FLOATS, additive, attend, is_mask
-from torch_int4.nn.bias import biased, is_bias
+from torch_int4.nn.attend import FLOATS, additive, attend, biased, is_bias, is_mask
 from torch_int4.ops.calls import call
 from torch_int4.support.mixins import Mixin
 

@@ -20,7 +20,7 @@ from torch_int4.nn.layer_parts import find_facts
 from torch_int4.nn.layer_steps import LayerSteps
 from torch_int4.nn.prepared import PreparedLayer, layers
 from torch_int4.nn.stack import running
-from torch_int4.nn.words.hooked import tell_of_hooks
+from torch_int4.nn.told import tell_of_hooks
 from torch_int4.ops.calls import call
 from torch_int4.support.mixins import Mixin
 

@@ -258,7 +258,7 @@ def _make_saveable(model: nn.Module, config: Int4Config) -> None:
 def _tell_of_training(model: nn.Module) -> None:
     from transformers import PreTrainedModel
 
-    from torch_int4.nn.words.training import TellsOfTraining
+    from torch_int4.nn.told import TellsOfTraining
     from torch_int4.support.mixins import mix_in
 
     for module in model.modules():

@@ -63,12 +63,12 @@ class PanelWriter:
 
     def __init__(self, folder: Path, name: str | None, names: Iterable[str]) -> None:
         self.folder = folder
+        room = _PAGE + sum(_ENTRY + 8 * len(name.encode()) for name in names)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             partial = new_file(folder)
         except OSError as error:
             raise trouble(folder, error) from error
-        room = _PAGE + sum(_ENTRY + 8 * len(name.encode()) for name in names)
         self._start = -(-room // _PAGE) * _PAGE
         self._header: dict[str, Any] = {}
         self._shapes: dict[str, dict[str, Any]] = {}
@@ -112,10 +112,11 @@ class PanelWriter:
         if self._final is None:
             weights = map_file(self._partial)
             os.unlink(self._partial)
+            self._partial = None
         else:
             put_in_place(self._partial, self._final)
+            self._partial = None  # from here on there is nothing to discard, whatever fails
             weights = map_file(self._final)
-        self._partial = None
         self._file.close()
         return weights
 

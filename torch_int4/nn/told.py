@@ -1,4 +1,4 @@
-"""A word to those who go to train all of a patched model: the int4 linears do not learn."""
+"""Words to users about what a patched model does not do: train its int4 linears, fuse layers with hooks inside."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch_int4.nn.linear import Int4Linear
 from torch_int4.support.mixins import Mixin
 
 TOLD = "torch_int4_told_of_training"  # attribute of a model
+_told: set[str] = set()  # one warning for all layers of a kind
 
 
 class TellsOfTraining(Mixin):
@@ -46,3 +47,33 @@ def trains_as_a_whole(model: nn.Module) -> bool:
     ours = {id(p) for m in model.modules() if isinstance(m, Int4Linear) for p in m.parameters(recurse=False)}
     others = [p for p in model.parameters() if id(p) not in ours and p.is_floating_point()]
     return bool(others) and all(parameter.requires_grad for parameter in others)
+
+
+def tell_of_hooks(block: nn.Module) -> None:
+    """Warns where a module inside of a layer has hooks, once for each kind of layer and hook."""
+    for name, module in block.named_modules():
+        hooks: list[Any] = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if not name or not hooks:
+            continue
+        text = (
+            f"torch_int4: {type(block).__name__} runs as a stock module, and so slower, because {name} in it has a "
+            f"hook ({_name_of(hooks[0])})"
+        )
+        if text not in _told:
+            _told.add(text)
+            warnings.warn(f"{text}; {_remedy(hooks[0])}", stacklevel=2)
+        return
+
+
+def _name_of(hook: Any) -> str:
+    kind = hook if hasattr(hook, "__qualname__") else type(hook)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _remedy(hook: Any) -> str:
+    if _name_of(hook).startswith("transformers.utils.output_capturing."):
+        return (
+            "transformers leaves these in a model when it was asked for router logits, attentions or hidden states; "
+            "a model that is loaded anew runs fused again"
+        )
+    return "the layer runs fused again once the hook is removed"
