@@ -76,6 +76,8 @@ def test_arbitrary_masks(name):
 )
 def test_generate(name, options):
     patched, reference = pair(name)
+    if patched._is_stateful and "prompt_lookup_num_tokens" in options:
+        pytest.skip("transformers takes no guesses from such models")
     lookup = "prompt_lookup_num_tokens" in options
     ids = prompt(rows=1 if lookup else 2).repeat(1, 2 if lookup else 1)
     sequences = []
@@ -109,6 +111,8 @@ def test_assisted_generation_and_chat_turns(name):
 @pytest.mark.parametrize("name", ALL)
 def test_a_cache_that_is_cut_and_continued(name):
     patched, reference = pair(name)
+    if patched._is_stateful:
+        pytest.skip("transformers cannot cut the states of such models")
     ids = prompt(tokens=24)
     _, cache = steps(patched, ids[:, :18], 14)
     cache.crop(-8)

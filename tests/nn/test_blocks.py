@@ -56,7 +56,18 @@ def test_families_that_are_fused():
         "glm4",
         "granite",
     }
-    experts = {"mixtral", "phimoe", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe", "ernie4_5_moe"}
+    experts = {
+        "gpt_oss",
+        "gpt_oss-limits",
+        "mixtral",
+        "phimoe",
+        "qwen2_moe",
+        "qwen3_moe",
+        "olmoe",
+        "granitemoe",
+        "glm4_moe",
+        "ernie4_5_moe",
+    }
     experts |= {"granitemoehybrid", "granitemoeshared", "lfm2_moe", "qwen3_5_moe_text", "qwen3_next"}
     experts |= {"qwen3_vl_moe_text"}
     assert set(BLOCKS) - set(WHOLE) == steps | experts | {"dots1", "flex_olmo", "glm4_moe-plain", "solar_open"}

@@ -64,7 +64,7 @@ def test_families_whose_layers_run_in_one_call():
     assert whole == {*STACKED, *WINDOWS}
     for name in found - whole:  # whose models are ready for it, while their layers run in steps, or some of them
         calls, ran = steps(models[name], 5, 1)[1]
-        assert calls == ran == 2 * calls_of(models[name], whole=True)["prepared_decoder_layers"]
+        assert calls == ran == 2 * calls_of(models[name], whole=True)["prepared_decoder_layers"], name
 
 
 @pytest.mark.parametrize("name", WINDOWS)

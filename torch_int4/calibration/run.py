@@ -231,20 +231,24 @@ class CalibratedPass:
 
 
 def find_blocks(model: nn.Module, chosen: Chosen) -> tuple[list[str], list[nn.Module]]:
-    """Names and modules of the blocks: of all lists of modules the one that holds most weights to quantize.
+    """Names and modules of the blocks: of all lists of modules the one that holds most weights to quantize, before
+    others one of the decoder, which text goes through while towers for images wait.
 
     Raises:
         Int4Error: there is no such list, or a block occurs in it twice.
     """
     lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    best, most = None, 0
+    getter = getattr(model, "get_decoder", None)
+    decoder = getter() if callable(getter) else None
+    inside_of = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
+    best, most = None, (False, 0)
     for name, blocks in lists:
         if any(name != other and name.startswith(other + ".") for other, _ in lists):
             continue  # a list within a block
         inside = [linear for full, (linear, _) in chosen.items() if full.startswith(name + ".")]
         weights = sum(linear.weight.numel() for linear in inside if isinstance(linear.weight, Tensor))
-        if weights > most:
-            best, most = (name, blocks), weights
+        if weights and (id(blocks) in inside_of, weights) > most:
+            best, most = (name, blocks), (id(blocks) in inside_of, weights)
     if best is None:
         raise Int4Error(
             f"calibration: {type(model).__name__} has no list of blocks with linears to quantize; "
